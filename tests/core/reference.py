@@ -1,0 +1,172 @@
+"""NERVE's maths written from the equations: float64, dense N x N, explicit loops; shares no code, slow.
+
+Q, K: [H, N, D]. G: [N, C]. grid: (rows, columns). A transition is a list of rows that sum to 1.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+NEIGHBOURS = [(-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1)]
+
+
+def cosine(q: np.ndarray, k: np.ndarray) -> float:
+    """Cosine of two vectors; 0 where one of them is zero (no entry as large as 1e-30)."""
+    peaks = float(np.abs(q).max()), float(np.abs(k).max())
+    if min(peaks) < 1e-30:
+        return 0.0
+    q, k = q / peaks[0], k / peaks[1]
+    return float(q @ k) / math.sqrt(float(q @ q) * float(k @ k))
+
+
+def centred(x: np.ndarray) -> np.ndarray:
+    """x [N, D] less its mean; a row that is nothing but rounding becomes zero."""
+    peak = float(np.abs(x).max())
+    if peak < 1e-30:
+        return np.zeros_like(x)
+    x = x / peak
+    rest = x - x.mean(0)
+    longest = max(math.sqrt(float(row @ row)) for row in x)
+    for row in rest:
+        if math.sqrt(float(row @ row)) <= 1e-5 * longest:
+            row[:] = 0
+    return rest
+
+
+def prepared(Q: np.ndarray, K: np.ndarray, kernel: str) -> tuple[np.ndarray, np.ndarray]:
+    """One head's Q and K [N, D] as the kernel's pairwise rule takes them."""
+    return (centred(Q), centred(K)) if kernel == "relu_centred" else (Q, K)
+
+
+def pair(q: np.ndarray, k: np.ndarray, kernel: str, tau: float) -> float:
+    """Affinity of two tokens (Eq. 8's kernels); for `softmax` its logarithm, since the rest needs the row."""
+    if kernel == "exp":
+        return math.exp((cosine(q, k) - 1) / tau)
+    if kernel == "softmax":
+        return float(q @ k) / math.sqrt(len(q))
+    if kernel in ("relu", "relu_centred"):
+        return max(cosine(q, k), 0.0) + 1e-6
+    if kernel == "shifted":
+        return (1 + cosine(q, k)) / 2 + 1e-6
+    if kernel == "raw":
+        return cosine(q, k)
+    raise KeyError(kernel)
+
+
+def soft_row(logits: list[float]) -> list[float]:
+    """Softmax of a row."""
+    top = max(logits)
+    weights = [math.exp(value - top) for value in logits]
+    return [weight / sum(weights) for weight in weights]
+
+
+def global_affinity(Q: np.ndarray, K: np.ndarray, kernel: str, tau: float) -> np.ndarray:
+    """One head's affinity of all pairs [N, N] (Eq. 8)."""
+    Q, K = prepared(Q, K, kernel)
+    rows = [[pair(q, k, kernel, tau) for k in K] for q in Q]
+    return np.array([soft_row(row) for row in rows] if kernel == "softmax" else rows)
+
+
+def local_affinity(
+    Q: np.ndarray, K: np.ndarray, grid: tuple[int, int], kernel: str, tau: float, eps_self: float
+) -> np.ndarray:
+    """One head's affinity of the neighbours inside the grid, eps_self with itself: [N, N] (Eq. 9)."""
+    Q, K = prepared(Q, K, kernel)
+    A = np.zeros((len(Q), len(Q)))
+    for row in range(grid[0]):
+        for column in range(grid[1]):
+            i = row * grid[1] + column
+            places = [
+                (row + down) * grid[1] + column + right
+                for down, right in NEIGHBOURS
+                if 0 <= row + down < grid[0] and 0 <= column + right < grid[1]
+            ]
+            values = [pair(Q[i], K[j], kernel, tau) for j in places]
+            if kernel == "softmax" and values:
+                values = soft_row(values)
+            for j, value in zip(places, values, strict=True):
+                A[i, j] = value
+            A[i, i] = eps_self
+    return A
+
+
+def normalised(A: np.ndarray) -> np.ndarray:
+    """Rows divided by their sums."""
+    return A / A.sum(1, keepdims=True)
+
+
+def entropies(transitions: list[np.ndarray], G: np.ndarray) -> np.ndarray:
+    """Mean over tokens of the entropy in nats of each head's P_1 = S_global G (Eq. 12, 13)."""
+    found = []
+    for S in transitions:
+        total = 0.0
+        for row in S @ G:
+            total += sum(-p * math.log(p) for p in row if p > 0)
+        found.append(total / len(G))
+    return np.array(found)
+
+
+def weights(H: np.ndarray, c: float) -> np.ndarray:
+    """softmax(-c H) (Eq. 14)."""
+    return np.array(soft_row([-c * value for value in H]))
+
+
+def transition(
+    Q: np.ndarray,
+    K: np.ndarray,
+    G: np.ndarray,
+    grid: tuple[int, int],
+    *,
+    kernel: str = "exp",
+    tau: float = 0.05,
+    eps_self: float = 0.1,
+    beta: float = 0.5,
+    c: float = 10.0,
+    head_weights: str | int = "entropy",
+    combine: str = "transitions",
+) -> tuple[np.ndarray, np.ndarray]:
+    """S [N, N] and the heads' weights [H] (Eq. 2 with Eq. 22, or with Eq. 15)."""
+    A_global = [global_affinity(q, k, kernel, tau) for q, k in zip(Q, K, strict=True)]
+    A_local = [local_affinity(q, k, grid, kernel, tau, eps_self) for q, k in zip(Q, K, strict=True)]
+    if head_weights == "entropy":
+        w = weights(entropies([normalised(A) for A in A_global], G), c)
+    elif head_weights == "mean":
+        w = np.full(len(Q), 1 / len(Q))
+    else:
+        w = np.eye(len(Q))[0 if head_weights == "single" else head_weights]
+    S = np.zeros_like(A_global[0])
+    if combine == "transitions":
+        for h in range(len(Q)):
+            S += w[h] * (beta * normalised(A_global[h]) + (1 - beta) * normalised(A_local[h]))
+    else:
+        fused_global = sum(w[h] * A_global[h] for h in range(len(Q)))
+        fused_local = sum(w[h] * A_local[h] for h in range(len(Q)))
+        S = beta * normalised(fused_global) + (1 - beta) * normalised(fused_local)
+    return S, w
+
+
+def truncated(S: np.ndarray, G: np.ndarray, alpha: float, steps: int) -> np.ndarray:
+    """(1 - alpha) sum_{l=0}^{L} alpha^l S^l G by powers of S, rows normalised (Eq. 16)."""
+    total = np.zeros_like(G)
+    power = np.eye(len(S))
+    for step in range(steps + 1):
+        total += (1 - alpha) * alpha**step * (power @ G)
+        power = power @ S
+    return normalised(total)
+
+
+def fixed_point(S: np.ndarray, G: np.ndarray, alpha: float, steps: int) -> np.ndarray:
+    """What L steps from G amount to: (1 - alpha) sum_{l<L} alpha^l S^l G + alpha^L S^L G (Eq. 19)."""
+    total = np.zeros_like(G)
+    power = np.eye(len(S))
+    for step in range(steps):
+        total += (1 - alpha) * alpha**step * (power @ G)
+        power = power @ S
+    return total + alpha**steps * (power @ G)
+
+
+def exact(S: np.ndarray, G: np.ndarray, alpha: float) -> np.ndarray:
+    """(1 - alpha) (I - alpha S)^-1 G (Eq. 3)."""
+    return (1 - alpha) * np.linalg.inv(np.eye(len(S)) - alpha * S) @ G
