@@ -1,0 +1,41 @@
+"""NERVE: find things in images by name, without training. No ROS in here.
+
+from nerve_core import Segmenter, Vocabulary
+
+segmenter = Segmenter.from_pretrained("embedded")
+found = segmenter(image, Vocabulary(["ball", "ladder"]))
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .models import ModelError as ModelError
+    from .segmenter import (
+        ClassConfidence as ClassConfidence,
+    )
+    from .segmenter import (
+        Segmentation as Segmentation,
+    )
+    from .segmenter import (
+        Segmenter as Segmenter,
+    )
+    from .vocabulary import Vocabulary as Vocabulary
+    from .vocabulary import VocabularyError as VocabularyError
+
+_HOMES = {
+    "ClassConfidence": "segmenter",
+    "ModelError": "models",
+    "Segmentation": "segmenter",
+    "Segmenter": "segmenter",
+    "Vocabulary": "vocabulary",
+    "VocabularyError": "vocabulary",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first asked for: the model libraries take seconds to import."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)

@@ -1,0 +1,235 @@
+"""The `nerve` command: segment images and measure quality without ROS."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import cv2
+import numpy as np
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from .segmenter import Segmentation, Segmenter
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, help="Find things in images by name.", rich_markup_mode=None
+)
+evaluate = typer.Typer(no_args_is_help=True, help="Measure the quality of masks.")
+app.add_typer(evaluate, name="eval")
+
+console = Console(stderr=True)
+_IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+
+Model = Annotated[str, typer.Option(help="A model pair's name, or a folder with a pair.json.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Precision = Annotated[str | None, typer.Option(help="fp16, bf16 or fp32; by default fp16 on CUDA, fp32 on the CPU.")]
+Preset = Annotated[str, typer.Option(help="pair (the pair's own settings) or paper.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Override a setting, as NAME=VALUE in JSON; may be repeated."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on the last line.")]
+
+
+@app.command()
+def segment(
+    images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
+    names: Annotated[str, typer.Option(help='What to look for: "ball, ladder"; synonyms as "mug|cup".')],
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("nerve_out"),
+    model: Model = "embedded",
+    device: Device = "auto",
+    precision: Precision = None,
+    preset: Preset = "pair",
+    set_: Set = None,
+    negatives: Annotated[
+        str | None, typer.Option(help="What a pixel may be instead; by default the pair's own list.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a mask (PNG with a palette), an overlay and the per-class confidence of every image."""
+    from .vocabulary import Vocabulary  # the model libraries take seconds to import: not for --help
+
+    vocabulary = Vocabulary.parse(names, negatives=None if negatives is None else _words(negatives))
+    if not vocabulary.names:
+        raise ValueError('--names is empty; give what to look for, as in --names "ball, ladder"')
+    for word in vocabulary.dropped:
+        console.print(f"{word!r} is named twice; the first is kept")
+    files = _image_files(images)
+    segmenter = _load(model, device, precision, preset, set_)
+    segmenter.embed(vocabulary)
+    out.mkdir(parents=True, exist_ok=True)
+    results, unread = [], []
+    targets = _targets(files, out)
+    for path in track(files, "segmenting", console=console, disable=len(files) < 2):
+        image = _read(path)
+        if image is None:
+            unread.append(path)
+            continue
+        found = segmenter(image, vocabulary)
+        results.append({"image": str(path), **_write(image, found, targets[path])})
+    if as_json:
+        print(json.dumps({"images": results, "unread": [str(path) for path in unread], "model": segmenter.description}))
+    else:
+        for result in results:
+            console.print(_found_table(result))
+        console.print(f"masks, overlays and confidence of {len(results)} images are in {out}")
+    if unread:
+        raise ValueError(f"OpenCV cannot read {', '.join(map(str, unread))}; accepted are {' '.join(_IMAGES)}")
+
+
+@evaluate.command()
+def scenes(
+    seed: Annotated[
+        int, typer.Option(help="Seed of the scenes; the embedded pair never saw seeds other than 1.")
+    ] = 1000,
+    count: Annotated[int, typer.Option(min=1, help="Number of scenes.")] = 200,
+    refine: Annotated[str, typer.Option(help="nerve (the walk) or none (CLIP alone).")] = "nerve",
+    kernel: Annotated[str | None, typer.Option(help="Affinity kernel; by default the pair's own.")] = None,
+    model: Model = "embedded",
+    device: Device = "auto",
+    precision: Precision = None,
+    preset: Preset = "pair",
+    set_: Set = None,
+    as_json: AsJson = False,
+) -> None:
+    """Score a pair on drawn scenes with known masks: mean IoU, background included, every name asked for."""
+    from .evaluation.scenes import evaluate_scenes
+
+    if refine not in ("nerve", "none"):
+        raise ValueError(f"--refine {refine} is unknown; choose nerve or none")
+    overrides = [] if kernel is None else [f'kernel="{kernel}"']
+    segmenter = _load(model, device, precision, preset, [*(set_ or []), *overrides])
+
+    def progress(drawn: Iterable) -> Iterable:
+        return track(drawn, "scenes", total=count, console=console)
+
+    score = evaluate_scenes(segmenter, seed, count, refine=refine == "nerve", progress=progress)
+    table = Table(title=f"{count} scenes of seed {seed}, refine {refine}", title_justify="left")
+    table.add_column("name")
+    table.add_column("IoU", justify="right")
+    for name, value in score.per_class.items():
+        table.add_row(name, f"{value:.3f}")
+    table.add_section()
+    table.add_row("mean IoU", f"{score.miou:.4f}")
+    table.add_row("pixel accuracy", f"{score.pixel_accuracy:.4f}")
+    console.print(table)
+    console.print(f"{segmenter.description}; {score.seconds_per_image * 1e3:.0f} ms an image")
+    if as_json:
+        plain = {key: None if value != value else value for key, value in score.per_class.items()}
+        print(json.dumps({**dataclasses.asdict(score), "per_class": plain, "seed": seed, "refine": refine}))
+
+
+def _load(model: str, device: str, precision: str | None, preset: str, overrides: Iterable[str] | None) -> Segmenter:
+    """A segmenter by the command line's options."""
+    from .models import quiet_libraries
+    from .segmenter import Segmenter
+
+    quiet_libraries()
+    with console.status(f"loading {model}"):
+        return Segmenter.from_pretrained(
+            model, device=device, dtype=precision, preset=preset, settings=dict(_settings(overrides or ()))
+        )
+
+
+def _settings(pairs: Iterable[str]) -> Iterator[tuple[str, Any]]:
+    """NAME=VALUE with a JSON value; a value that is no JSON is text."""
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals:
+            raise ValueError(f"--set {pair} has no value; write --set NAME=VALUE, as in --set alpha=0.9")
+        try:
+            yield name, json.loads(text)
+        except json.JSONDecodeError:
+            yield name, text
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _image_files(paths: Iterable[Path]) -> list[Path]:
+    """Files as given, and the images inside folders, sorted. Raises ValueError where nothing is found."""
+    files: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(item for item in path.rglob("*") if item.suffix.lower() in _IMAGES)
+            if not inside:
+                raise ValueError(f"folder {path} holds no image; accepted are {' '.join(_IMAGES)}")
+            files.extend(inside)
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise ValueError(f"{path} is neither a file nor a folder")
+    return list(dict.fromkeys(files))
+
+
+def _targets(files: Iterable[Path], out: Path) -> dict[Path, Path]:
+    """Where each image's results go, without an ending: its stem, or its stem and a number where two are alike."""
+    taken: set[Path] = set()
+    targets = {}
+    for path in files:
+        target, number = out / path.stem, 2
+        while target in taken:
+            target, number = out / f"{path.stem}_{number}", number + 1
+        taken.add(target)
+        targets[path] = target
+    return targets
+
+
+def _read(path: Path) -> np.ndarray | None:
+    """An image as uint8 [H, W, 3] RGB, or None where OpenCV cannot read it."""
+    image = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR) if path.stat().st_size else None
+    return None if image is None else cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def _write(image: np.ndarray, found: Segmentation, target: Path) -> dict[str, Any]:
+    """Write one image's files and return what they say."""
+    from PIL import Image
+
+    from .visualize import overlay, palette
+
+    mask = Image.fromarray(found.labels, "P")
+    mask.putpalette(palette().tobytes())
+    paths = {part: target.with_name(f"{target.name}_{part}") for part in ("mask.png", "overlay.png", "confidence.json")}
+    mask.save(paths["mask.png"])
+    cv2.imencode(".png", overlay(image, found.labels, found.names)[:, :, ::-1])[1].tofile(paths["overlay.png"])
+    classes = [dataclasses.asdict(item) for item in found.class_confidence]
+    result = {"classes": classes, "timings": found.timings, "size": [image.shape[1], image.shape[0]]}
+    paths["confidence.json"].write_text(json.dumps(result, indent=2, ensure_ascii=False))
+    return {**result, "mask": str(paths["mask.png"]), "overlay": str(paths["overlay.png"])}
+
+
+def _found_table(result: dict[str, Any]) -> Table:
+    """What was found in one image."""
+    table = Table(title=f"{result['image']}  ({result['timings']['total']:.0f} ms)", title_justify="left")
+    for column in ("name", "presence", "confidence", "area", "box"):
+        table.add_column(column, justify="left" if column == "name" else "right")
+    pixels = result["size"][0] * result["size"][1]
+    for item in sorted(result["classes"], key=lambda item: -item["area"]):
+        box = "-" if item["box"] is None else "{} {} {} x {}".format(*item["box"])
+        table.add_row(
+            item["name"],
+            f"{item['presence']:.2f}",
+            f"{item['mean_probability']:.2f}",
+            f"{item['area'] / pixels:.1%}",
+            box,
+        )
+    return table
+
+
+def main() -> None:
+    """Run the command; what is wrong with the input is said in one line, without a traceback."""
+    logging.basicConfig(level=logging.WARNING)
+    try:
+        app()
+    except (ValueError, RuntimeError, OSError) as error:  # ModelError is a RuntimeError
+        console.print(f"nerve: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+        raise SystemExit(2) from None

@@ -1,0 +1,217 @@
+"""Image -> CLIP patch tokens -> G: what is where, coarsely. The heads that make patches comparable with text, by
+name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import CLIPModel
+
+from .templates import template_set
+
+_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_DEVIATION = (0.26862954, 0.26130258, 0.27577711)
+_GREATEST_ASPECT = 8  # a longer image is squeezed: attention costs the square of the patches
+_GRIDS_KEPT = 16
+
+
+@dataclass(frozen=True)
+class ClipConfig:
+    """How CLIP looks at an image.
+
+    head: one of `HEADS`. short_side: pixels of the input's short side. stretch: a square input that ignores the aspect.
+    logit_scale: factor on the cosine before the softmax. templates: name of a set in `templates.py`, or templates
+    themselves. negatives: what a pixel may be instead of a name. mean_negative: see `embed_vocabulary`.
+    Raises ValueError.
+    """
+
+    head: str = "cliper"
+    short_side: int = 336
+    stretch: bool = False
+    logit_scale: float = 50.0
+    templates: str | tuple[str, ...] = "imagenet80"
+    negatives: tuple[str, ...] = ()
+    mean_negative: bool = True
+
+    def __post_init__(self) -> None:
+        if self.head not in HEADS:
+            raise ValueError(f"head {self.head!r} is unknown; choose one of {', '.join(HEADS)}")
+        if self.short_side < 1:
+            raise ValueError(f"short_side is {self.short_side}; it must be at least one patch of pixels")
+        if not 0 < self.logit_scale < math.inf:
+            raise ValueError(f"logit_scale is {self.logit_scale}; it must be finite and above 0 (50 is usual)")
+        if isinstance(self.negatives, str) or not all(isinstance(word, str) for word in self.negatives):
+            raise ValueError(f"negatives is {self.negatives!r}; it must be a list of words")
+        templates = template_set(self.templates)
+        if not templates or not all(isinstance(text, str) and text.count("{}") == 1 for text in templates):
+            raise ValueError(f"templates is {templates!r}; it must be texts with exactly one {{}} each")
+
+
+@dataclass(frozen=True)
+class PatchFeatures:
+    """What a head makes of one image: the frame part, which knows no names.
+
+    embeddings: float32 [maps, patches, D], unit rows. affinity: float32 [patches, patches], rows sum to 1, along
+    which the last map is averaged, or None. grid: (rows, columns) of patches.
+    """
+
+    embeddings: Tensor
+    affinity: Tensor | None
+    grid: tuple[int, int]
+
+
+class DenseClip:
+    """A CLIP vision tower read patch by patch."""
+
+    def __init__(self, clip: CLIPModel, config: ClipConfig) -> None:
+        self.vision, self.projection, self.config = clip.vision_model, clip.visual_projection, config
+        self.patch = clip.config.vision_config.patch_size
+        self.dtype = self.projection.weight.dtype
+        device = self.projection.weight.device
+        self._mean = torch.tensor(_MEAN, device=device).view(3, 1, 1)
+        self._deviation = torch.tensor(_DEVIATION, device=device).view(3, 1, 1)
+        self._positions: dict[tuple[int, int], Tensor] = {}
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of patches for an image of that size.
+
+        The short side is set and the aspect kept to a patch, up to 8 to 1; what is longer is squeezed to that.
+        """
+        if self.config.stretch:
+            height = width = 1
+        short = min(height, width)
+        height, width = min(height, _GREATEST_ASPECT * short), min(width, _GREATEST_ASPECT * short)
+        scale = self.config.short_side / short
+        return max(1, round(height * scale / self.patch)), max(1, round(width * scale / self.patch))
+
+    @torch.inference_mode()
+    def features(self, image: Tensor) -> PatchFeatures:
+        """image: float32 [1, 3, H, W] in 0..1, RGB, on the model's device."""
+        grid = self.grid(*image.shape[-2:])
+        size = (grid[0] * self.patch, grid[1] * self.patch)
+        pixels = F.interpolate(image, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+        pixels = ((pixels - self._mean) / self._deviation).to(self.dtype)
+        embeddings = self.vision.embeddings
+        patches = embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)  # [1, patches, width]
+        tokens = torch.cat([embeddings.class_embedding.expand(1, 1, -1), patches], dim=1)
+        hidden = self.vision.pre_layrnorm(tokens + self._position_embedding(grid))
+        maps, affinity = HEADS[self.config.head](self.vision.encoder.layers, hidden)
+        projected = self.projection(self.vision.post_layernorm(maps[:, 1:]))
+        return PatchFeatures(F.normalize(projected.float(), dim=-1), affinity, grid)
+
+    @torch.inference_mode()
+    def probabilities(self, features: PatchFeatures, queries: Tensor, size: tuple[int, int]) -> Tensor:
+        """G: float32 [N, queries] on a grid of `size` (rows, columns), rows sum to 1.
+
+        queries: unit rows [queries, D]. Softmax over all queries of logit_scale times the cosine, averaged over the
+        head's maps, resized bilinearly: every step keeps rows stochastic. Where the head has an affinity, the last map
+        goes along it and counts as much as the mean of the others.
+        """
+        cosine = features.embeddings @ queries.to(features.embeddings.dtype).T
+        maps = (self.config.logit_scale * cosine).softmax(-1)  # [maps, patches, queries]
+        scores = (maps if features.affinity is None else maps[:-1]).mean(0)
+        if features.affinity is not None:
+            scores = (scores + features.affinity @ maps[-1]) / 2
+        scores = scores.T.unflatten(-1, features.grid)[None]
+        return F.interpolate(scores, size, mode="bilinear", align_corners=False)[0].flatten(1).T
+
+    def _position_embedding(self, grid: tuple[int, int]) -> Tensor:
+        """The learnt positions resized to a grid (bicubic), [1, 1 + patches, width]; remembered."""
+        if grid not in self._positions:
+            if len(self._positions) == _GRIDS_KEPT:
+                self._positions.pop(next(iter(self._positions)))
+            learnt = self.vision.embeddings.position_embedding.weight
+            side = round((len(learnt) - 1) ** 0.5)
+            plane = learnt[1:].T.reshape(1, -1, side, side)
+            if grid != (side, side):
+                plane = F.interpolate(plane.float(), grid, mode="bicubic", align_corners=False).to(learnt.dtype)
+            self._positions[grid] = torch.cat([learnt[:1], plane[0].flatten(1).T])[None]
+        return self._positions[grid]
+
+
+# --- heads: encoder layers, hidden [1, 1 + patches, width] -> maps [maps, 1 + patches, width], affinity or None
+# ---------
+
+
+def _split(attention: nn.Module, projected: Tensor) -> Tensor:
+    """[B, T, width] -> [B, heads, T, size]."""
+    return projected.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
+
+
+def _merge(attention: nn.Module, attended: Tensor) -> Tensor:
+    """[B, heads, T, size] -> [B, T, width] through the output projection."""
+    return attention.out_proj(attended.transpose(1, 2).flatten(2))
+
+
+def _block(layer: nn.Module, hidden: Tensor) -> Tensor:
+    """One transformer layer, as trained."""
+    attention, normed = layer.self_attn, layer.layer_norm1(hidden)
+    q, k, v = (_split(attention, project(normed)) for project in (attention.q_proj, attention.k_proj, attention.v_proj))
+    hidden = hidden + _merge(attention, F.scaled_dot_product_attention(q, k, v))
+    return hidden + layer.mlp(layer.layer_norm2(hidden))
+
+
+def _vanilla(layers: nn.ModuleList, hidden: Tensor) -> tuple[Tensor, None]:
+    """The last layer's tokens as they are."""
+    for layer in layers:
+        hidden = _block(layer, hidden)
+    return hidden, None
+
+
+def _maskclip(layers: nn.ModuleList, hidden: Tensor) -> tuple[Tensor, None]:
+    """The last layer attends nowhere: every token keeps its own value (MaskCLIP, arXiv 2112.01071, Sec. 3.3)."""
+    for layer in layers[:-1]:
+        hidden = _block(layer, hidden)
+    last = layers[-1]
+    hidden = hidden + last.self_attn.out_proj(last.self_attn.v_proj(last.layer_norm1(hidden)))
+    return hidden + last.mlp(last.layer_norm2(hidden)), None
+
+
+def _cliper(layers: nn.ModuleList, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """The last layer attends by the earlier layers' fused maps, over every layer's input (CLIPer, arXiv 2411.13836).
+
+    Per head: the earlier layers' attention summed, made doubly near-stochastic, symmetric, less its column means,
+    rectified, rows normalised. Every layer's input goes through the last layer's values with it, without residual and
+    feed-forward. The affinity is the heads' mean over patches alone, its rows normalised: CLIPer's product of its
+    thresholded map with the mean attention becomes a stochastic one, so that G stays a distribution.
+    """
+    fused: Tensor | float = 0.0
+    inputs = []
+    for layer in layers[:-1]:
+        attention, normed = layer.self_attn, layer.layer_norm1(hidden)
+        inputs.append(normed)
+        q, k, v = (
+            _split(attention, project(normed)) for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        weights = (q @ k.transpose(-1, -2) * attention.scale).softmax(-1, dtype=torch.float32)
+        fused = fused + weights
+        hidden = hidden + _merge(attention, weights.to(v.dtype) @ v)
+        hidden = hidden + layer.mlp(layer.layer_norm2(hidden))
+    inputs.append(hidden)
+    if isinstance(fused, float):
+        raise ValueError("head 'cliper' needs a CLIP of at least two layers; choose vanilla or maskclip")
+    fused = fused / fused.sum(-2, keepdim=True)
+    fused = fused / fused.sum(-1, keepdim=True)
+    fused = (fused + fused.transpose(-1, -2)) / 2
+    fused = (fused - fused.mean(-2, keepdim=True)).clamp_min(0)
+    fused = fused / fused.sum(-1, keepdim=True).clamp_min(1e-12)
+    last = layers[-1]
+    stacked = last.layer_norm1(torch.cat(inputs))  # [layers, T, width]
+    values = _split(last.self_attn, last.self_attn.v_proj(stacked))
+    maps = _merge(last.self_attn, fused.to(values.dtype) @ values)
+    affinity = fused.mean((0, 1))[1:, 1:]
+    affinity.diagonal().add_(1e-12)  # a patch that attends to no other keeps its own map
+    return maps, affinity / affinity.sum(-1, keepdim=True)
+
+
+HEADS: dict[str, Callable[[nn.ModuleList, Tensor], tuple[Tensor, Tensor | None]]] = {
+    "vanilla": _vanilla,
+    "maskclip": _maskclip,
+    "cliper": _cliper,
+}
+"""How the last layer is read, by name."""

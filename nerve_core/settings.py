@@ -1,0 +1,103 @@
+"""Every parameter of a frame: the configurations of all rooms side by side, as a model pair or a preset carries
+them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .affinity import AffinityConfig
+from .dense_clip import ClipConfig
+from .diffusion import DiffusionConfig
+from .fusion import FusionConfig
+from .random_walk import WalkConfig
+from .readout import ReadoutConfig
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "pair": {},
+    "paper": {
+        "kernel": "relu",
+        "beta": 0.3,
+        "alpha": 0.85,
+        "c": 10.0,
+        "method": "truncated",
+        "steps": 40,
+        "combine": "transitions",
+        "head_weights": "entropy",
+        "timestep": 100,
+    },
+}
+"""Named sets of overrides. `paper` is the published method as far as it is stated: L = 40 and t = 100 are the
+authors', alpha, beta and c
+are ours and untuned on real data. The CLIP head stays the pair's own, since it must be the one its text embeddings
+fit."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All configurations; every field's name is unique across them, so that one flat mapping can override any."""
+
+    clip: ClipConfig = field(default_factory=ClipConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    affinity: AffinityConfig = field(default_factory=AffinityConfig)
+    fusion: FusionConfig = field(default_factory=FusionConfig)
+    walk: WalkConfig = field(default_factory=WalkConfig)
+    readout: ReadoutConfig = field(default_factory=ReadoutConfig)
+
+    @classmethod
+    def names(cls) -> dict[str, str]:
+        """Every parameter's name and the room it belongs to."""
+        return {
+            parameter.name: room.name
+            for room in dataclasses.fields(cls)
+            for parameter in dataclasses.fields(room.default_factory)  # type: ignore[arg-type]
+        }
+
+    def replaced(self, overrides: Mapping[str, Any]) -> Settings:
+        """These settings with some parameters changed, by flat name ({"kernel": "relu", "alpha": 0.9}).
+
+        Lists become tuples, as JSON has no tuples. Raises ValueError for a name that is unknown or a value of another
+        type or out of range.
+        """
+        rooms = self.names()
+        unknown = sorted(set(overrides) - set(rooms))
+        if unknown:
+            raise ValueError(f"unknown settings {', '.join(unknown)}; known are {', '.join(sorted(rooms))}")
+        changes: dict[str, dict[str, Any]] = {}
+        for name, value in overrides.items():
+            frozen, kind = _frozen(value), self._kind(name)
+            if not _is_of(frozen, kind):
+                raise ValueError(f"{name} is {value!r}; it must be of type {kind}")
+            changes.setdefault(rooms[name], {})[name] = frozen
+        return dataclasses.replace(
+            self,
+            **{room: dataclasses.replace(getattr(self, room), **values) for room, values in changes.items()},
+        )
+
+    def _kind(self, name: str) -> str:
+        """A parameter's type as its room declares it."""
+        declared = dataclasses.fields(getattr(self, self.names()[name]))
+        return next(str(parameter.type) for parameter in declared if parameter.name == name)
+
+    def flat(self) -> dict[str, Any]:
+        """Every parameter by its name."""
+        return {name: getattr(getattr(self, room), name) for name, room in self.names().items()}
+
+
+def preset(name: str) -> Mapping[str, Any]:
+    """The overrides of a preset; raises ValueError for an unknown one."""
+    if name not in PRESETS:
+        raise ValueError(f"preset {name!r} is unknown; choose one of {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(_frozen(item) for item in value) if isinstance(value, (list, tuple)) else value
+
+
+def _is_of(value: Any, kind: str) -> bool:
+    """Whether a value is of a declared type such as "float" or "str | tuple[str, ...]"; an int will do for a float."""
+    accepted = {part.split("[")[0].strip() for part in kind.split("|")}
+    return type(value).__name__ in accepted or (type(value) is int and "float" in accepted)
