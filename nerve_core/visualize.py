@@ -21,8 +21,7 @@ def palette() -> np.ndarray:
     colours = np.zeros((256, 3), np.uint8)
     for label in range(1, UNLABELLED):
         hue = label * 0.61803398875 % 1
-        turn = label // 13
-        saturation, value = (0.85, 1.0) if turn % 3 == 0 else (0.55, 0.95) if turn % 3 == 1 else (0.9, 0.7)
+        saturation, value = ((0.85, 1.0), (0.5, 1.0), (0.95, 0.65))[label % 3]
         colours[label] = np.round(np.array(colorsys.hsv_to_rgb(hue, saturation, value)) * 255)
     colours[UNLABELLED] = 96
     return colours

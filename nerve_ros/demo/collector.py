@@ -1,0 +1,145 @@
+"""Behind the way message -> ... -> message: takes what the node publishes and puts it together by stamp."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+import zlib
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import rclpy
+from diagnostic_msgs.msg import DiagnosticArray
+from lifecycle_msgs.srv import GetState
+from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
+from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
+from rclpy.signals import SignalHandlerOptions
+from sensor_msgs.msg import Image
+from std_msgs.msg import Header
+from vision_msgs.msg import LabelInfo
+
+from nerve_ros.msg import ClassConfidenceArray
+
+NODE = "nerve"
+_LATCHED = QoSProfile(depth=10, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL)
+_DEEP = QoSProfile(depth=50, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.VOLATILE)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the node said of the image of one stamp (nanoseconds).
+
+    arrived: of the mask, in seconds of the steady clock. mask: packed, see :attr:`labels`. classes: name by class id,
+    None until the message came. confident: whether the confidence came, in the mask's size. told: whether a LabelInfo
+    with all these classes was there before the mask.
+    """
+
+    stamp: int
+    arrived: float = 0.0
+    size: tuple[int, int] = (0, 0)
+    mask: bytes = b""
+    classes: dict[int, str] | None = None
+    confidence_size: tuple[int, int] | None = None
+    known: frozenset[int] = frozenset()
+
+    @property
+    def labels(self) -> np.ndarray:
+        """The mask: uint8 [height, width] of class ids."""
+        return np.frombuffer(zlib.decompress(self.mask), np.uint8).reshape(self.size)
+
+    @property
+    def complete(self) -> bool:
+        """Whether mask, confidence of the same size and class_confidence are all there."""
+        return bool(self.mask) and self.confidence_size == self.size and self.classes is not None
+
+
+@dataclass
+class Heard:
+    """Everything that came in, until now. values: the node's last diagnostics. state: of its life cycle."""
+
+    answers: dict[int, Answer] = field(default_factory=dict)
+    values: dict[str, str] = field(default_factory=dict)
+    level: int = 0
+    message: str = ""
+    state: str = ""
+    classes: dict[int, str] = field(default_factory=dict)
+
+
+class Collector:
+    """A ROS node `nerve_demo` that listens on a thread of its own. Close it when done."""
+
+    def __init__(self) -> None:
+        rclpy.init(args=[], signal_handler_options=SignalHandlerOptions.NO)
+        self._lock = threading.Lock()
+        self._heard = Heard()
+        self._asked_state = None
+        self._node = rclpy.create_node("nerve_demo")
+        subscribe = self._node.create_subscription
+        subscribe(Image, "segmentation/mask", self._on_mask, _DEEP)
+        subscribe(Image, "segmentation/confidence", self._on_confidence, _DEEP)
+        subscribe(ClassConfidenceArray, "segmentation/class_confidence", self._on_classes, _DEEP)
+        subscribe(LabelInfo, "segmentation/label_info", self._on_label_info, _LATCHED)
+        subscribe(DiagnosticArray, "/diagnostics", self._on_diagnostics, _DEEP)
+        self._get_state = self._node.create_client(GetState, f"{NODE}/get_state")
+        self._node.create_timer(0.25, self._ask_state)
+        self._executor = SingleThreadedExecutor()
+        self._executor.add_node(self._node)
+        self._thread = threading.Thread(target=self._spin, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop listening."""
+        self._executor.shutdown(timeout_sec=2.0)
+        self._thread.join(2.0)
+        rclpy.try_shutdown()
+
+    def heard(self) -> Heard:
+        """What came in until now."""
+        with self._lock:
+            return replace(self._heard, answers=dict(self._heard.answers))
+
+    def _spin(self) -> None:
+        with contextlib.suppress(ExternalShutdownException):
+            self._executor.spin()
+
+    def _ask_state(self) -> None:
+        """Ask for the state until it is active; a node that configures answers when it is done."""
+        if self._asked_state is None and self._get_state.service_is_ready():
+            self._asked_state = self._get_state.call_async(GetState.Request())
+        elif self._asked_state is not None and self._asked_state.done():
+            answer, self._asked_state = self._asked_state.result(), None
+            with self._lock:
+                self._heard.state = answer.current_state.label
+
+    def _note(self, header: Header, **values: object) -> None:
+        stamp = header.stamp.sec * 10**9 + header.stamp.nanosec
+        with self._lock:
+            before = self._heard.answers.get(stamp) or Answer(stamp)
+            if "mask" in values:
+                values["known"] = frozenset(self._heard.classes)
+            self._heard.answers[stamp] = replace(before, **values)
+
+    def _on_mask(self, message: Image) -> None:
+        arrived = time.monotonic()
+        # A mask is a few areas of equal bytes: packed it takes a hundredth of its space.
+        packed = zlib.compress(memoryview(message.data), 1)
+        self._note(message.header, arrived=arrived, size=(message.height, message.width), mask=packed)
+
+    def _on_confidence(self, message: Image) -> None:
+        self._note(message.header, confidence_size=(message.height, message.width))
+
+    def _on_classes(self, message: ClassConfidenceArray) -> None:
+        self._note(message.header, classes={entry.id: entry.name for entry in message.classes})
+
+    def _on_label_info(self, message: LabelInfo) -> None:
+        with self._lock:
+            self._heard.classes = {entry.class_id: entry.class_name for entry in message.class_map}
+
+    def _on_diagnostics(self, message: DiagnosticArray) -> None:
+        for status in message.status:
+            if status.name.startswith(f"{NODE}:"):
+                with self._lock:
+                    self._heard.values = {entry.key: entry.value for entry in status.values}
+                    self._heard.level = ord(status.level)
+                    self._heard.message = status.message

@@ -1,0 +1,89 @@
+"""The process around the node: signals, spinning, exit code; what `ros2 run nerve_ros nerve_node` starts."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rclpy.executors import Executor
+
+    from nerve_ros.lifecycle import NerveNode
+
+THROTTLE = 5.0
+"""Seconds between two log lines about errors in callbacks."""
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the node until SIGINT or SIGTERM; returns the exit code: 0, or 2 where it cannot be started as asked."""
+    # Before the imports that take seconds: an interrupt during them is remembered, not thrown at whatever runs. Later
+    # on rclpy's own handler ends the spinning, and Python's would raise KeyboardInterrupt wherever it happens to be.
+    interrupted: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, frame: interrupted.append(number))
+    # Python's warnings are for whoever writes the libraries, and a robot's log is not theirs.
+    logging.captureWarnings(True)
+    logging.getLogger("py.warnings").setLevel(logging.ERROR)
+
+    import rclpy
+    from rclpy.executors import SingleThreadedExecutor
+
+    from nerve_ros.lifecycle import Interrupted, NerveNode
+
+    if interrupted:
+        return 0
+    try:
+        rclpy.init(args=args)
+    except (ValueError, RuntimeError) as error:
+        return _refuse(error)
+    node, code = None, 0
+    try:
+        node = NerveNode()
+        executor = SingleThreadedExecutor()
+        executor.add_node(node)
+        node.start()
+        _spin(node, executor)
+    except ValueError as error:
+        code = _refuse(error)
+    except Interrupted:
+        pass
+    except RuntimeError:
+        # Once the process is asked to end, whatever rclpy is asked for fails, and that is no news.
+        if rclpy.ok():
+            raise
+    finally:
+        ended = node is None or node.close()
+        rclpy.try_shutdown()
+    if not ended:
+        # A model that is still loading holds the thread, and would hold the interpreter's end too.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _refuse(error: Exception) -> int:
+    """Say why the node cannot be started with these arguments or parameters; the exit code."""
+    print(f"nerve_node: {error}", file=sys.stderr)
+    return 2
+
+
+def _spin(node: NerveNode, executor: Executor) -> None:
+    """Spin until shutdown: an error in a callback is told and costs that callback's message, not the node."""
+    from rclpy.executors import ExternalShutdownException
+
+    while node.context.ok():
+        try:
+            executor.spin()
+        except ExternalShutdownException:
+            return
+        except Exception as error:
+            if node.context.ok():
+                node.get_logger().error(
+                    f"error in a callback: {''.join(traceback.format_exception(error))}",
+                    throttle_duration_sec=THROTTLE,
+                )

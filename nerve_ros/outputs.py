@@ -1,0 +1,127 @@
+"""Room: numpy -> message: everything the node publishes about images, and when.
+
+A LabelInfo goes out before the first mask that uses it and only where it differs from the one before: a costmap
+throws away what was set at run time with each one it gets, and reads past its end without one.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import cv2
+import numpy as np
+from builtin_interfaces.msg import Time
+from rclpy.lifecycle import LifecycleNode
+from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
+from sensor_msgs.msg import Image, RegionOfInterest
+from std_msgs.msg import Header
+from vision_msgs.msg import LabelInfo
+
+from nerve_ros.images import mono8_message, rgb8_message
+from nerve_ros.labels import UNLABELLED_ID, Labels, label_info_message
+from nerve_ros.msg import ClassConfidence, ClassConfidenceArray
+
+if TYPE_CHECKING:
+    from nerve_core import ClassConfidence as SeenClass
+    from nerve_core import Segmentation
+
+OUTPUT_QOS = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.VOLATILE)
+LATCHED_QOS = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL)
+
+
+@dataclass(frozen=True)
+class Masks:
+    """What is said of one image: `mask` and `confidence` uint8 [height, width], and one entry for each name."""
+
+    mask: np.ndarray
+    confidence: np.ndarray
+    classes: list[ClassConfidence]
+
+
+def with_ids(segmentation: Segmentation, labels: Labels, id_table: np.ndarray) -> Masks:
+    """`segmentation` in class ids instead of labels; where a pixel is unlabelled (255) its confidence is 0."""
+    mask = cv2.LUT(segmentation.labels, id_table)
+    confidence = segmentation.confidence_u8
+    unlabelled = mask == UNLABELLED_ID
+    if unlabelled.any():
+        confidence = np.where(unlabelled, np.uint8(0), confidence)
+    entries = zip(segmentation.class_confidence, labels.names, labels.ids, strict=True)
+    return Masks(mask, confidence, [_class_message(seen, name, number) for seen, name, number in entries])
+
+
+def _class_message(seen: SeenClass, name: str, number: int) -> ClassConfidence:
+    x, y, width, height = seen.box or (0, 0, 0, 0)
+    centroid_x, centroid_y = seen.centroid or (math.nan, math.nan)
+    return ClassConfidence(
+        name=name,
+        id=number,
+        presence=float(seen.presence),
+        mean_probability=float(seen.mean_probability),
+        peak_probability=float(seen.peak_probability),
+        area=int(seen.area),
+        box=RegionOfInterest(x_offset=int(x), y_offset=int(y), width=int(width), height=int(height)),
+        centroid_x=float(centroid_x),
+        centroid_y=float(centroid_y),
+    )
+
+
+class Outputs:
+    """The publishers of a configured node. `image` and `label_info` are called by one thread, the worker's."""
+
+    def __init__(self, node: LifecycleNode) -> None:
+        def publisher(kind: type, topic: str, qos: QoSProfile = OUTPUT_QOS):
+            return node.create_lifecycle_publisher(kind, f"segmentation/{topic}", qos)
+
+        self._node = node
+        self._label_info = publisher(LabelInfo, "label_info", LATCHED_QOS)
+        self._mask = publisher(Image, "mask")
+        self._confidence = publisher(Image, "confidence")
+        self._classes = publisher(ClassConfidenceArray, "class_confidence")
+        self._overlay = publisher(Image, "overlay")
+        self._told: LabelInfo | None = None
+
+    def destroy(self) -> None:
+        """Give the publishers back; this object is of no use afterwards."""
+        for publisher in (self._label_info, self._mask, self._confidence, self._classes, self._overlay):
+            self._node.destroy_lifecycle_publisher(publisher)
+
+    def label_info(self, labels: Labels, background_name: str, threshold: float, stamp: Time) -> bool:
+        """Publish the LabelInfo of `labels`, unless it says what the last one said.
+
+        Returns whether it is in force now, sent or already known; it is not while the node is inactive.
+        """
+        if not self._label_info.is_activated:
+            return False
+        message, told = label_info_message(labels, background_name, threshold, stamp), self._told
+        if told is None or told.class_map != message.class_map or told.threshold != message.threshold:
+            self._label_info.publish(message)
+            self._told = message
+        return True
+
+    def image(
+        self,
+        header: Header,
+        segmentation: Segmentation,
+        labels: Labels,
+        id_table: np.ndarray,
+        image: np.ndarray,
+        alpha: float,
+    ) -> None:
+        """Publish all there is to say of `image`, uint8 [height, width, 3] RGB, whose `header` goes out as it came.
+
+        The overlay is drawn only while somebody subscribes to it.
+        """
+        from nerve_core.visualize import overlay
+
+        masks = with_ids(segmentation, labels, id_table)
+        self._mask.publish(mono8_message(header, masks.mask))
+        self._confidence.publish(mono8_message(header, masks.confidence))
+        self._classes.publish(ClassConfidenceArray(header=header, classes=masks.classes))
+        if self._overlay.get_subscription_count():
+            # Drawn by id, not by label: a name keeps its colour as it keeps its id.
+            names = [""] * max(labels.ids, default=0)
+            for number, name in zip(labels.ids, labels.names, strict=True):
+                names[number - 1] = name
+            self._overlay.publish(rgb8_message(header, overlay(image, masks.mask, names, alpha=alpha)))

@@ -1,0 +1,277 @@
+"""P -> labels, confidence, presence: against a reference that visits every pixel, and the description of each class."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nerve_core import readout
+from nerve_core.readout import Readout, ReadoutConfig, presence, read_out
+from nerve_core.segmenter import describe_classes
+from small_models import slow_bilinear
+
+
+def probabilities(tokens, queries, seed, sharpness=3.0):
+    """Rows that are distributions, float32 [tokens, queries]."""
+    generator = torch.Generator().manual_seed(seed)
+    return (sharpness * torch.randn((tokens, queries), generator=generator)).softmax(-1)
+
+
+def slow_read_out(G, P, classes, names, grid, size, config):
+    """Labels, confidence in 255ths (not rounded), presence, peak, and how clear each pixel's choice is, by loops."""
+    G, P = G.double().numpy(), P.double().numpy()
+    queries = P.shape[1]
+    found = [(G[:, q].max() + P[:, q].max()) / 2 for q in range(queries)]
+    present, peak = np.zeros(names), np.zeros(names)
+    for q, label in enumerate(classes):
+        if label:
+            present[label - 1] = max(present[label - 1], found[q])
+            peak[label - 1] = max(peak[label - 1], P[:, q].max())
+    scores = P
+    if config.readout == "presence_minmax":
+        scores = np.stack(
+            [(P[:, q] - P[:, q].min()) / (P[:, q].max() - P[:, q].min()) * found[q] for q in range(queries)], 1
+        )
+    planes = np.stack([slow_bilinear(scores[:, q].reshape(grid), size) for q in range(queries)])
+    labels, sure, clear = (np.zeros(size) for _ in range(3))
+    for row, column in np.ndindex(*size):
+        of_label = np.full(names + 1, -1.0)  # the best query of the background and of every class
+        for q, label in enumerate(classes):
+            of_label[label] = max(of_label[label], planes[q, row, column])
+        order = np.sort(of_label)[::-1]
+        label, best = int(of_label.argmax()), order[0]
+        sure[row, column] = best * 255
+        clear[row, column] = min(best - order[1] if names else 1, abs(best - config.threshold))
+        if best < config.threshold or (label and present[label - 1] < config.presence_threshold):
+            label = 0
+        labels[row, column] = label
+    return labels, sure, present, peak, clear
+
+
+def assert_as_slow(G, P, classes, names, grid, size, config):
+    ours = read_out(G, P, torch.tensor(classes), names, grid, size, config)
+    labels, sure, present, peak, clear = slow_read_out(G, P, classes, names, grid, size, config)
+    assert ours.labels.dtype == ours.confidence.dtype == torch.uint8
+    assert tuple(ours.labels.shape) == tuple(ours.confidence.shape) == size
+    decided = clear > 1e-5
+    assert decided.mean() > 0.9
+    np.testing.assert_array_equal(ours.labels.numpy()[decided], labels[decided])
+    np.testing.assert_allclose(ours.confidence.numpy(), sure, rtol=0, atol=0.5 + 1e-3)  # rounded to the nearest
+    np.testing.assert_allclose(ours.presence.numpy(), present, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(ours.peak.numpy(), peak, rtol=0, atol=1e-6)
+    return ours
+
+
+@settings(max_examples=60)
+@given(
+    grid=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    size=st.tuples(st.integers(1, 13), st.integers(1, 13)),
+    classes=st.lists(st.integers(0, 3), min_size=1, max_size=7),
+    threshold=st.sampled_from([0.0, 0.0, 0.35, 0.6, 1.0]),
+    presence_threshold=st.sampled_from([0.0, 0.0, 0.5, 0.8]),
+    kind=st.sampled_from(["argmax", "argmax", "presence_minmax"]),
+    seed=st.integers(0, 99),
+)
+def test_every_pixel_is_read_as_by_a_loop_over_pixels(grid, size, classes, threshold, presence_threshold, kind, seed):
+    tokens = grid[0] * grid[1]
+    if kind == "presence_minmax" and tokens == 1:
+        kind = "argmax"  # a map of one value has no spread
+    G, P = (probabilities(tokens, len(classes), seed + k) for k in (0, 1000))
+    config = ReadoutConfig(kind, threshold, presence_threshold)
+    assert_as_slow(G, P, classes, 3, grid, size, config)
+
+
+@pytest.mark.parametrize("band", [1, 100, 1000])
+@pytest.mark.parametrize(("grid", "size"), [((5, 7), (31, 17)), ((9, 3), (4, 5)), ((1, 4), (13, 6)), ((6, 6), (1, 9))])
+def test_reading_in_bands_of_rows_equals_reading_the_whole(monkeypatch, grid, size, band):
+    tokens, classes = grid[0] * grid[1], [1, 2, 2, 0]
+    G, P = probabilities(tokens, 4, 0), probabilities(tokens, 4, 1)
+    config = ReadoutConfig(threshold=0.4)
+    whole = read_out(G, P, torch.tensor(classes), 2, grid, size, config)
+    monkeypatch.setattr(readout, "_BAND_VALUES", band)
+    seen = [(rows, scores.clone()) for rows, scores in readout._resized(P.T.unflatten(-1, grid), size)]
+    assert [row for rows, _ in seen for row in range(size[0])[rows]] == list(range(size[0]))
+    assert len(seen) == math.ceil(size[0] / max(1, min(size[0], band // (4 * size[1]))))
+    planes = [slow_bilinear(P[:, q].double().numpy().reshape(grid), size) for q in range(4)]
+    np.testing.assert_allclose(torch.cat([s for _, s in seen], 1).numpy(), np.stack(planes), rtol=0, atol=1e-6)
+    banded = assert_as_slow(G, P, classes, 2, grid, size, config)
+    assert torch.equal(banded.labels, whole.labels)
+    assert (banded.confidence.int() - whole.confidence.int()).abs().max() <= 1
+
+
+def test_a_large_image_with_many_names_is_never_held_whole():
+    maps = torch.rand((255, 4, 4))
+    bands = readout._resized(maps, (2000, 1500))
+    rows, scores = next(bands)
+    assert scores.numel() <= readout._BAND_VALUES
+    assert rows.start == 0
+
+
+def one_token(*values):
+    return torch.tensor([values])
+
+
+def read_one(P, classes, names, **config):
+    """The label and the confidence of a picture of one token and one pixel."""
+    found = read_out(P, P, torch.tensor(classes), names, (1, 1), (1, 1), ReadoutConfig(**config))
+    return int(found.labels), int(found.confidence)
+
+
+def test_a_winning_negative_is_background_with_its_own_probability():
+    assert read_one(one_token(0.3, 0.1, 0.6), [1, 2, 0], 2) == (0, 153)
+    assert read_one(one_token(0.3, 0.6, 0.1), [1, 2, 0], 2) == (2, 153)
+
+
+def test_synonyms_are_merged_by_their_maximum_and_never_added():
+    assert read_one(one_token(0.3, 0.3, 0.4), [1, 1, 2], 2) == (2, 102)
+    assert read_one(one_token(0.2, 0.45, 0.35), [1, 1, 2], 2) == (1, 115)
+
+
+def test_negatives_compete_one_by_one_and_never_as_a_sum():
+    assert read_one(one_token(0.3, 0.3, 0.4), [0, 0, 1], 1) == (1, 102)
+
+
+def test_under_the_threshold_is_background_and_at_it_is_not():
+    assert read_one(one_token(0.5, 0.25, 0.25), [1, 2, 0], 2, threshold=0.5) == (1, 128)
+    assert read_one(one_token(0.5, 0.25, 0.25), [1, 2, 0], 2, threshold=0.51) == (0, 128)
+    assert read_one(one_token(0.5, 0.25, 0.25), [1, 2, 0], 2, threshold=0.0) == (1, 128)
+    assert read_one(one_token(1.0, 0.0), [1, 0], 1, threshold=1.0) == (1, 255)
+
+
+def test_a_class_under_the_presence_threshold_is_nowhere_and_its_pixels_are_background():
+    G = torch.tensor([[0.9, 0.1, 0.0], [0.2, 0.5, 0.3]])
+    P = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.6, 0.3]])
+    assert torch.allclose(presence(G, P), torch.tensor([0.8, 0.55, 0.3]))  # mean of the maxima before and after
+
+    def labels(**config):
+        return read_out(G, P, torch.tensor([1, 2, 0]), 2, (1, 2), (1, 2), ReadoutConfig(**config)).labels.tolist()
+
+    assert labels() == [[1, 2]]
+    assert labels(presence_threshold=0.56) == [[1, 0]]
+    assert labels(presence_threshold=0.54) == [[1, 2]]
+    assert labels(presence_threshold=0.81) == [[0, 0]]
+    half = torch.tensor([[0.5, 0.25, 0.25]])
+    assert read_one(half, [1, 2, 0], 2, presence_threshold=0.5) == (1, 128)  # at the threshold is not under it
+
+
+def test_presence_of_a_class_is_its_best_synonyms():
+    P = torch.tensor([[0.6, 0.4], [0.1, 0.9]])
+    found = read_out(P, P, torch.tensor([1, 1]), 1, (1, 2), (1, 2), ReadoutConfig(presence_threshold=0.85))
+    assert found.labels.tolist() == [[1, 1]]
+    assert found.presence.tolist() == pytest.approx([0.9])
+
+
+def test_confidence_is_linear_in_255ths_and_rounded():
+    P = torch.stack([torch.linspace(0.5, 1, 128), 1 - torch.linspace(0.5, 1, 128)], 1)
+    found = read_out(P, P, torch.tensor([1, 0]), 1, (1, 128), (1, 128), ReadoutConfig())
+    expected = np.floor(np.linspace(0.5, 1, 128) * 255 + 0.5)
+    assert np.abs(found.confidence.numpy()[0] - expected).max() <= 1
+    assert found.confidence[0, 0] == 128
+    assert found.confidence[0, -1] == 255
+
+
+def test_254_names_have_254_labels():
+    tokens = 255
+    P = torch.full((tokens, 255), 0.001)
+    P[torch.arange(tokens), torch.arange(tokens)] = 0.7
+    classes = torch.tensor([*range(1, 255), 0])
+    found = read_out(P, P, classes, 254, (1, tokens), (1, tokens), ReadoutConfig())
+    assert found.labels[0].tolist() == [*range(1, 255), 0]
+    assert found.presence.shape == found.peak.shape == (254,)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        found.labels = None
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 50), (50, 1), (3, 5), (97, 101)])
+def test_every_image_size_is_read(size):
+    G, P = probabilities(12, 3, 0), probabilities(12, 3, 1)
+    assert_as_slow(G, P, [1, 2, 0], 2, (3, 4), size, ReadoutConfig(threshold=0.5))
+
+
+def test_presence_minmax_stretches_each_map_and_weighs_it_by_presence():
+    # the first query is weak everywhere but present in one place; argmax alone never sees it
+    P = torch.tensor([[0.31, 0.69], [0.05, 0.95]])
+    config = ReadoutConfig("presence_minmax")
+    found = read_out(P, P, torch.tensor([1, 2]), 2, (1, 2), (1, 2), config)
+    assert found.labels.tolist() == [[1, 2]]
+    assert found.confidence.tolist() == [[79, 242]]
+    assert found.peak.tolist() == pytest.approx([0.31, 0.95])  # still the probabilities
+
+
+def test_presence_minmax_of_a_flat_map_is_zero_and_never_wins():
+    P = torch.tensor([[0.5, 0.5, 0.0], [0.5, 0.1, 0.4]])
+    found = read_out(P, P, torch.tensor([1, 2, 0]), 2, (1, 2), (1, 2), ReadoutConfig("presence_minmax"))
+    assert found.labels.tolist() == [[2, 0]]
+    assert found.confidence.tolist() == [[128, 102]]
+    flat = torch.full((4, 2), 0.5)
+    nothing = read_out(flat, flat, torch.tensor([1, 0]), 1, (2, 2), (3, 3), ReadoutConfig("presence_minmax"))
+    assert nothing.confidence.tolist() == [[0] * 3] * 3
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"readout": "max"}, "argmax or presence_minmax"),
+        ({"threshold": -0.1}, "threshold is -0.1"),
+        ({"threshold": 1.1}, "0..1"),
+        ({"threshold": math.nan}, "threshold is nan"),
+        ({"presence_threshold": 2}, "presence_threshold is 2"),
+    ],
+    ids=str,
+)
+def test_a_wrong_configuration_is_refused_by_name(change, said):
+    with pytest.raises(ValueError, match=said):
+        ReadoutConfig(**change)
+
+
+# --- the description of each class ------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60)
+@given(
+    size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    count=st.integers(1, 5),
+    top=st.integers(0, 5),
+    seed=st.integers(0, 99),
+)
+def test_a_class_is_described_as_by_looking_at_its_pixels(size, count, top, seed):
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, min(top, count) + 1, size, dtype=np.uint8)
+    confidence = rng.integers(0, 256, size, dtype=np.uint8)
+    present, peak = torch.from_numpy(rng.random((2, count), dtype=np.float32))
+    names = tuple(f"thing {k}" for k in range(count))
+    read = Readout(torch.from_numpy(labels), torch.from_numpy(confidence), present, peak)
+    found = describe_classes(names, labels, confidence, read)
+    assert [item.name for item in found] == list(names)
+    assert [item.label for item in found] == list(range(1, count + 1))
+    for item in found:
+        rows, columns = np.nonzero(labels == item.label)
+        assert item.area == len(rows)
+        assert item.presence == pytest.approx(float(present[item.label - 1]))
+        assert item.peak_probability == pytest.approx(float(peak[item.label - 1]))
+        if len(rows) == 0:
+            assert item.box is None
+            assert item.centroid is None
+            assert item.mean_probability == 0
+            continue
+        left, top_row, width, height = item.box
+        assert (left, top_row) == (columns.min(), rows.min())
+        assert (left + width - 1, top_row + height - 1) == (columns.max(), rows.max())
+        assert item.centroid == pytest.approx((columns.mean(), rows.mean()))
+        assert item.mean_probability == pytest.approx(confidence[rows, columns].mean() / 255)
+        assert all(type(value) is int for value in (item.area, item.label, *item.box))
+        assert all(type(value) is float for value in (item.presence, item.mean_probability, *item.centroid))
+
+
+def test_a_description_of_254_classes_counts_every_pixel_once():
+    labels = np.arange(255, dtype=np.uint8).reshape(15, 17)
+    read = Readout(torch.from_numpy(labels), torch.from_numpy(labels), torch.full((254,), 1.0000001), torch.ones(254))
+    found = describe_classes(tuple(f"thing {k}" for k in range(254)), labels, labels, read)
+    assert [item.area for item in found] == [1] * 254
+    assert found[253].box == (16, 14, 1, 1)
+    assert found[253].mean_probability == pytest.approx(254 / 255)
+    assert max(item.presence for item in found) == 1  # rounding above 1 is cut

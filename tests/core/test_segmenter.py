@@ -1,0 +1,358 @@
+"""The frame, start to end, on the embedded pair and drawn scenes: what comes back, whatever goes in.
+
+How good the masks are is measured elsewhere; nothing here depends on what the weights have learnt.
+"""
+
+import dataclasses
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from nerve_core import ClassConfidence, Segmentation, Segmenter, Vocabulary
+from nerve_core import segmenter as rooms
+from nerve_core.embedded.scenes import NAMES, draw_scene
+from nerve_core.readout import read_out
+from nerve_core.segmenter import STAGES, describe_classes
+from nerve_core.vocabulary import embed_vocabulary
+
+# a fraction of the pair's tokens and templates: the same path in a fraction of the time
+SMALL = {"input_size": (64, 96), "short_side": 72, "templates": ("a {}.",)}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def segmenter(cache):
+    return Segmenter.from_pretrained("embedded", device="cpu", cache_dir=cache, settings=SMALL)
+
+
+@pytest.fixture(scope="module")
+def scene():
+    return draw_scene(7, size=(120, 160))
+
+
+def same(one: Segmentation, other: Segmentation) -> bool:
+    masks = (one.labels == other.labels).all() and (one.confidence_u8 == other.confidence_u8).all()
+    return bool(masks) and one.class_confidence == other.class_confidence
+
+
+def assert_sound(found, size, names):
+    """Everything the interface promises of one segmented image."""
+    assert found.names == tuple(names)
+    for array in (found.labels, found.confidence_u8):
+        assert array.shape == size
+        assert array.dtype == np.uint8
+        assert array.flags.c_contiguous
+    assert found.labels.max() <= len(names)
+    assert found.confidence.dtype == np.float32
+    assert found.confidence.min() >= 0
+    assert found.confidence.max() <= 1
+    assert (found.confidence == found.confidence_u8.astype(np.float32) / 255).all()
+    assert [item.name for item in found.class_confidence] == list(names)
+    for label, item in enumerate(found.class_confidence, 1):
+        assert isinstance(item, ClassConfidence)
+        assert item.label == label
+        assert item.area == (found.labels == label).sum()
+        assert (item.box is None) == (item.centroid is None) == (item.area == 0)
+        for value in (item.presence, item.mean_probability, item.peak_probability):
+            assert 0 <= value <= 1
+        if item.area:
+            assert item.mean_probability == pytest.approx(found.confidence[found.labels == label].mean(), abs=1e-6)
+            assert item.peak_probability >= found.confidence[found.labels == label].max() - 1 / 255
+    assert set(found.timings) == {*STAGES, "total"}
+    assert found.timings["total"] == pytest.approx(sum(found.timings[stage] for stage in STAGES))
+
+
+@pytest.mark.parametrize(
+    "size",
+    [(1, 1), (1, 2), (7, 5), (5, 301), (401, 3), (119, 161), (480, 640), (1080, 1920)],
+    ids=lambda size: f"{size[0]}x{size[1]}",
+)
+def test_an_image_of_any_size_has_a_mask_of_its_size(segmenter, size):
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    assert_sound(segmenter(image, Vocabulary(["ball", "mug|cup"])), size, ["ball", "mug"])
+
+
+def test_a_frame_is_its_rooms_one_after_the_other(segmenter, scene):
+    vocabulary = Vocabulary(["ball", "cube|box", "door"])
+    found = segmenter(scene.image, vocabulary)
+    queries = segmenter.embed(vocabulary)
+    G, Q, K = segmenter.frame(scene.image, queries)
+    rows, columns = segmenter.taps.grid
+    assert G.shape == (rows * columns, len(queries.embeddings))
+    assert Q.shape == K.shape
+    assert Q.shape[1] == rows * columns
+    torch.testing.assert_close(G.sum(-1), torch.ones(len(G)), rtol=0, atol=1e-5)
+    P = segmenter.refine(Q, K, G).P
+    torch.testing.assert_close(P.sum(-1), torch.ones(len(P)), rtol=0, atol=1e-4)
+    read = read_out(G, P, queries.classes, 3, (rows, columns), (120, 160), segmenter.settings.readout)
+    assert (found.labels == read.labels.numpy()).all()
+    assert (found.confidence_u8 == read.confidence.numpy()).all()
+    described = describe_classes(queries.names, found.labels, found.confidence_u8, read)
+    assert found.class_confidence == described
+
+
+def test_the_walk_changes_what_clip_alone_says(segmenter, scene):
+    queries = segmenter.embed(Vocabulary(NAMES))
+    G, Q, K = segmenter.frame(scene.image, queries)
+    assert (segmenter.refine(Q, K, G).P - G).abs().max() > 0.01
+
+
+def test_the_same_frame_has_the_same_mask_whatever_came_between(segmenter, cache, scene):
+    vocabulary = Vocabulary(["ball", "cube", "door"])
+    first = segmenter(scene.image, vocabulary)
+    assert same(segmenter(scene.image, vocabulary), first)
+    segmenter(draw_scene(8, size=(90, 50)).image, Vocabulary(["star"]))
+    segmenter(draw_scene(9, size=(33, 200)).image, vocabulary)
+    torch.manual_seed(99)
+    segmenter(draw_scene(9, size=(64, 64)).image, Vocabulary([]))
+    assert same(segmenter(scene.image, vocabulary), first)
+    fresh = Segmenter.from_pretrained("embedded", device="cpu", cache_dir=cache, settings=SMALL)
+    assert same(fresh(scene.image, vocabulary), first)
+
+
+def test_the_order_of_names_only_renumbers_the_labels(segmenter, scene):
+    names = list(NAMES[:6])
+    order = [3, 0, 5, 1, 4, 2]
+    one = segmenter(scene.image, Vocabulary(names))
+    other = segmenter(scene.image, Vocabulary([names[k] for k in order]))
+    renumbered = np.zeros(7, np.uint8)
+    for new, old in enumerate(order, 1):
+        renumbered[old + 1] = new
+    agree = renumbered[one.labels] == other.labels
+    assert agree.mean() > 0.9999  # sums in another order may tip a tie
+    assert np.abs(one.confidence_u8.astype(int) - other.confidence_u8).max() <= 1
+    for new, old in enumerate(order):
+        assert other.class_confidence[new].presence == pytest.approx(one.class_confidence[old].presence, abs=1e-4)
+
+
+def test_the_image_is_read_as_rgb_the_right_way_up(segmenter, scene):
+    vocabulary = Vocabulary(NAMES)
+    queries = segmenter.embed(vocabulary)
+    G = segmenter.frame(scene.image, queries)[0]
+    swapped = segmenter.frame(scene.image[:, :, ::-1], queries)[0]
+    flipped = segmenter.frame(scene.image[::-1], queries)[0]
+    assert (G - swapped).abs().max() > 0.01
+    assert (G - flipped).abs().max() > 0.01
+    pixels = segmenter._pixels(scene.image)
+    assert pixels.shape == (1, 3, 120, 160)
+    assert torch.equal(pixels[0].permute(1, 2, 0), torch.from_numpy(scene.image).float() / 255)
+
+
+def test_an_empty_vocabulary_leaves_every_pixel_unlabelled_without_running_a_network(segmenter, scene, monkeypatch):
+    monkeypatch.setattr(segmenter.clip, "features", None)
+    for vocabulary in (Vocabulary([]), segmenter.embed(Vocabulary())):
+        found = segmenter(scene.image, vocabulary)
+        assert (found.labels == 255).all()
+        assert (found.confidence == 0).all()
+        assert found.labels.shape == found.confidence.shape == (120, 160)
+        assert found.labels.dtype == found.confidence_u8.dtype == np.uint8
+        assert found.names == found.class_confidence == ()
+        assert set(found.timings) == {*STAGES, "total"}
+
+
+@pytest.mark.parametrize("negatives", [None, ()])
+def test_one_name_is_enough(segmenter, scene, negatives):
+    found = segmenter(scene.image, Vocabulary(["ball"], negatives=negatives))
+    assert_sound(found, (120, 160), ["ball"])
+    if negatives == ():  # nothing else to be
+        assert (found.labels == 1).all()
+        assert (found.confidence_u8 == 255).all()
+
+
+def test_254_names_are_segmented_at_once(segmenter, scene):
+    names = [*NAMES, *(f"thing {k}" for k in range(254 - len(NAMES)))]
+    assert_sound(segmenter(scene.image, Vocabulary(names)), (120, 160), names)
+
+
+def test_names_in_any_script_are_segmented(segmenter, scene):
+    names = ["球", "كرة", "👩\u200d🚀", "é" * 128]
+    assert_sound(segmenter(scene.image, Vocabulary(names)), (120, 160), names)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        None,
+        [[[0, 0, 0]]],
+        np.zeros((4, 4), np.uint8),
+        np.zeros((4, 4, 1), np.uint8),
+        np.zeros((4, 4, 4), np.uint8),
+        np.zeros((1, 4, 4, 3), np.uint8),
+        np.zeros((0, 4, 3), np.uint8),
+        np.zeros((4, 0, 3), np.uint8),
+        np.zeros((4, 4, 3), np.float32),
+        np.zeros((4, 4, 3), np.uint16),
+        np.zeros((4, 4, 3), bool),
+        torch.zeros((4, 4, 3), dtype=torch.uint8),
+    ],
+    ids=lambda image: f"{getattr(image, 'dtype', type(image).__name__)} {list(getattr(image, 'shape', []))}",
+)
+def test_what_is_no_image_is_refused_with_what_is(segmenter, image):
+    for vocabulary in (Vocabulary(["ball"]), Vocabulary([])):
+        with pytest.raises(ValueError, match=r"uint8 array \[rows, columns, 3\] in RGB order") as error:
+            segmenter(image, vocabulary)
+    got = f"{image.dtype} {list(image.shape)}" if isinstance(image, np.ndarray) else type(image).__name__
+    assert got in str(error.value)
+    with pytest.raises(ValueError, match="RGB order"):
+        segmenter.frame(image, segmenter.embed(Vocabulary(["ball"])))
+
+
+@pytest.mark.parametrize("layout", ["reversed", "sliced", "read-only", "transposed"])
+def test_any_memory_layout_is_read_as_the_same_image_without_a_warning(segmenter, scene, layout):
+    vocabulary = Vocabulary(["ball", "cube"])
+    expected = segmenter(scene.image, vocabulary)
+    image = {
+        "reversed": scene.image[:, :, ::-1].copy()[:, :, ::-1],
+        "sliced": np.pad(scene.image, ((0, 0), (0, 9), (0, 0)))[:, :160],
+        "read-only": np.frombuffer(scene.image.tobytes(), np.uint8).reshape(scene.image.shape),
+        "transposed": np.asfortranarray(scene.image),
+    }[layout]
+    before = image.copy()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert same(segmenter(image, vocabulary), expected)
+    assert (image == before).all()
+
+
+def test_a_vocabulary_is_embedded_once_and_its_embeddings_serve_in_its_place(segmenter, scene, monkeypatch):
+    vocabulary = Vocabulary(["ball", "something that nobody asked for yet"])
+    calls = []
+    original = segmenter.text._embed
+    monkeypatch.setattr(segmenter.text, "_embed", lambda words: (calls.append(list(words)), original(words))[1])
+    queries = segmenter.embed(vocabulary)
+    assert [word for words in calls for word in words].count("something that nobody asked for yet") == 1
+    count = len(calls)
+    assert segmenter.embed(vocabulary) is queries
+    assert segmenter.embed(Vocabulary(["ball", "something that nobody asked for yet"])) is queries
+    one, other = segmenter(scene.image, vocabulary), segmenter(scene.image, queries)
+    assert same(one, other)
+    assert one.names == other.names == vocabulary.names
+    segmenter.embed(Vocabulary(["something that nobody asked for yet", "ball"]))  # known words, another order
+    assert len(calls) == count
+
+
+def test_the_pairs_negatives_are_taken_unless_the_vocabulary_has_its_own(segmenter):
+    clip = segmenter.settings.clip
+    for vocabulary in (
+        Vocabulary(["ball"]),
+        Vocabulary(["ball"], negatives=["sky"]),
+        Vocabulary(["ball"], negatives=()),
+    ):
+        expected = embed_vocabulary(vocabulary, segmenter.text, clip.negatives, mean_negative=clip.mean_negative)
+        found = segmenter.embed(vocabulary)
+        assert torch.equal(found.embeddings, expected.embeddings)
+        assert torch.equal(found.classes, expected.classes)
+    assert len(segmenter.embed(Vocabulary(["ball"], negatives=())).classes) == 1
+
+
+def test_only_the_last_vocabularies_are_kept(segmenter, monkeypatch):
+    monkeypatch.setattr(rooms, "_VOCABULARIES_KEPT", 3)
+    kept = [Vocabulary([name]) for name in NAMES[:4]]
+    for vocabulary in kept:
+        segmenter.embed(vocabulary)
+        segmenter.embed(kept[0])  # in use: stays
+    assert len(segmenter._vocabularies) <= 33
+    monkeypatch.setattr(segmenter, "_vocabularies", type(segmenter._vocabularies)())
+    for vocabulary in kept:
+        segmenter.embed(vocabulary)
+        segmenter.embed(kept[0])
+    assert list(segmenter._vocabularies) == [kept[2], kept[3], kept[0]]
+
+
+@pytest.mark.parametrize("broken", ["clip", "diffusion"])
+def test_networks_that_overflow_are_an_error_and_not_a_mask(segmenter, scene, monkeypatch, broken):
+    queries = segmenter.embed(Vocabulary(["ball", "cube"]))
+    if broken == "diffusion":
+        Q, K = segmenter.taps(segmenter._pixels(scene.image))
+        monkeypatch.setattr(segmenter, "taps", Overflowing(segmenter.taps.grid, Q, K))
+    else:
+        monkeypatch.setattr(segmenter.clip, "_mean", segmenter.clip._mean * torch.nan)
+    with pytest.raises(RuntimeError, match="overflow in float32; use precision bf16 or fp32"):
+        segmenter(scene.image, queries)
+
+
+class Overflowing:
+    """Taps of which one value is beyond the precision."""
+
+    def __init__(self, grid, Q, K):
+        self.grid, self.Q, self.K = grid, Q.clone(), K
+        self.Q[0, 0, 0] = torch.inf
+
+    def __call__(self, pixels):
+        return self.Q, self.K
+
+
+@pytest.mark.parametrize(
+    ("environment", "folder"),
+    [
+        ({"NERVE_CACHE": "/n", "XDG_CACHE_HOME": "/x", "HOME": "/h"}, "/n"),
+        ({"XDG_CACHE_HOME": "/x", "HOME": "/h"}, "/x/nerve_ros"),
+        ({"HOME": "/h"}, "/h/.cache/nerve_ros"),
+    ],
+)
+def test_text_embeddings_are_kept_where_the_environment_says(monkeypatch, environment, folder):
+    for name in ("NERVE_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert str(rooms._cache_folder()) == folder
+
+
+def test_warming_up_runs_a_frame_of_the_size_asked_for(segmenter, monkeypatch):
+    seen = []
+    original = segmenter.clip.features
+    monkeypatch.setattr(segmenter.clip, "features", lambda pixels: (seen.append(pixels.shape), original(pixels))[1])
+    assert segmenter.warm_up((50, 70)) is None
+    assert seen == [(1, 3, 50, 70)]
+
+
+def test_a_segmenter_says_what_it_is(segmenter):
+    assert segmenter.pair_name == "embedded"
+    assert segmenter.device == torch.device("cpu")
+    assert segmenter.dtype == torch.float32
+    line = segmenter.description
+    assert "\n" not in line
+    for part in ("embedded", "cpu", "float32", f"{segmenter.taps.grid[0]} x {segmenter.taps.grid[1]} tokens"):
+        assert part in line
+    assert segmenter.settings.affinity.kernel in line
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        segmenter.settings.walk.alpha = 0.1
+
+
+def test_every_setting_reaches_its_room(cache, scene):
+    changed = Segmenter.from_pretrained(
+        "embedded",
+        device="cpu",
+        cache_dir=cache,
+        settings={**SMALL, "threshold": 1.0, "timestep": 7, "noise_seed": 3, "logit_scale": 3.0, "head": "maskclip"},
+    )
+    assert changed.taps.config.timestep == 7
+    assert changed.clip.config.head == "maskclip"
+    found = changed(scene.image, Vocabulary(["ball", "cube"]))
+    assert not found.labels.any()  # nothing is certain
+    assert found.confidence_u8.any()
+
+
+def test_results_are_frozen(segmenter, scene):
+    found = segmenter(scene.image, Vocabulary(["ball"]))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        found.labels = None
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        found.class_confidence[0].area = 3
+    assert not isinstance(found.labels, Tensor)
+
+
+@pytest.mark.parametrize("walk", [{"method": "truncated", "steps": 4}, {"method": "exact", "kernel": "relu"}])
+@pytest.mark.parametrize("head", ["vanilla", "cliper"])
+def test_other_heads_and_walks_run_on_the_same_pair(segmenter, cache, scene, walk, head):
+    other = Segmenter.from_pretrained(
+        "embedded", device="cpu", cache_dir=cache, settings={**SMALL, **walk, "head": head}
+    )
+    assert_sound(other(scene.image, Vocabulary(["ball", "cube"])), (120, 160), ["ball", "cube"])

@@ -1,0 +1,270 @@
+"""The vocabulary over real DDS: three ways in, one set of rules, and masks that never mix two of them."""
+
+import unicodedata
+
+import pytest
+
+PICTURE = {"width": 120, "height": 90}
+OUTPUTS = ("mask", "confidence", "class_confidence")
+START = ["ball", "ladder"]
+
+
+@pytest.fixture(scope="module")
+def rig(new_rig):
+    rig = new_rig(vocabulary=START, id_reuse_delay=1.0)
+    rig.node.wait_active()
+    rig.listen("label_info", *OUTPUTS)
+    return rig
+
+
+def by_topic(rig, names):
+    rig.talker.do("advertise", topic="vocabulary")
+    rig.talker.do("vocabulary", names=names)
+
+
+def by_text(rig, names):
+    rig.talker.do("advertise", topic="vocabulary_text")
+    rig.talker.do("vocabulary_text", text=", ".join(names))
+
+
+def by_parameter(rig, names):
+    return rig.talker.do("set_parameter", name="vocabulary", value=names, kind="STRING_ARRAY")
+
+
+WAYS = {"topic": by_topic, "text": by_text, "parameter": by_parameter}
+
+
+def told(rig, names, since=0):
+    """The LabelInfo with exactly these names, as {name: id}."""
+    event = rig.listener.wait(
+        "label_info",
+        lambda event: sorted(event["classes"].values()) == sorted([*names, "background"]),
+        since=since,
+        what=f"label_info of {names}\n{rig.node.report()}",
+    )
+    return {name: int(number) for number, name in event["classes"].items()}
+
+
+def serving(rig):
+    return sorted(rig.listener.seen("label_info")[-1]["classes"].values())
+
+
+@pytest.fixture(autouse=True)
+def start_vocabulary(rig):
+    """Every test begins with the same names."""
+    rig.listener.wait("label_info")
+    assert by_parameter(rig, START)["successful"]
+    rig.listener.until(lambda: serving(rig) == ["background", "ball", "ladder"], "the first vocabulary")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_vocabulary_arrives_by_any_way_and_the_parameter_follows(rig, way):
+    since = rig.listener.mark()
+    WAYS[way](rig, ["mug|cup", f"thing by {way}"])
+    ids = told(rig, ["mug", f"thing by {way}"], since)
+    assert rig.talker.do("get_parameter", name="vocabulary")["value"] == ["mug|cup", f"thing by {way}"]
+    classes = rig.segment(PICTURE, kinds=OUTPUTS)["class_confidence"]["classes"]
+    assert [(seen["name"], seen["id"]) for seen in classes] == [
+        (name, ids[name]) for name in ("mug", f"thing by {way}")
+    ]
+
+
+def test_text_may_have_line_breaks_and_blanks(rig):
+    since = rig.listener.mark()
+    rig.talker.do("advertise", topic="vocabulary_text")
+    rig.talker.do("vocabulary_text", text="  red chair \nmug|cup,, ball,\n")
+    told(rig, ["red chair", "mug", "ball"], since)
+
+
+def test_a_name_keeps_its_id_through_changes(rig):
+    ids = told(rig, START)
+    for names in (["mug", "ladder"], ["cone", "BALL", "mug"], ["ladder", "ball", "mug"]):
+        since = rig.listener.mark()
+        by_topic(rig, names)
+        now = told(rig, names, since)
+        for name, number in now.items():
+            assert ids.setdefault(name.casefold(), number) == number
+    assert len(set(ids.values())) == len(ids)
+
+
+def test_in_mid_stream_every_mask_uses_the_label_info_that_came_before_it(rig):
+    since = rig.listener.mark()
+    rig.talker.do("advertise", topic="image")
+    rig.talker.do("advertise", topic="vocabulary")
+    rig.talker.do("stream", picture=PICTURE, rate=30.0)
+    sets = [["mug", "ladder"], ["cone"], ["ladder", "cone", "door", "ball"], ["star", "mug"], START]
+    try:
+        for names in sets:
+            place = rig.listener.mark()
+            rig.talker.do("vocabulary", names=names)
+            told(rig, names, place)
+            rig.listener.until(
+                lambda place=place, names=names: [
+                    event
+                    for event in rig.listener.seen("class_confidence", place)
+                    if [seen["name"] for seen in event["classes"]] == names
+                ],
+                f"an image segmented by {names}",
+            )
+    finally:
+        rig.talker.do("stop_stream")
+    infos = rig.listener.seen("label_info", since)
+    masks = {tuple(event["stamp"]): event for event in rig.listener.seen("mask", since)}
+    assert len(infos) == len(sets)
+    seen_sets = set()
+    for confidence in rig.listener.seen("class_confidence", since):
+        before = [info for info in rig.listener.seen("label_info") if info["sent"] <= confidence["sent"]]
+        classes = {int(number): name for number, name in before[-1]["classes"].items()}
+        entries = {seen["id"]: seen["name"] for seen in confidence["classes"]}
+        assert entries.items() <= classes.items(), "an image's classes are not those of the label_info before it"
+        assert {0: "background"} | entries == classes, "an image mixes two vocabularies"
+        seen_sets.add(tuple(entries.values()))
+        mask = masks.get(tuple(confidence["stamp"]))
+        if mask is not None:
+            assert before[-1]["sent"] <= mask["sent"]
+            assert {int(value) for value in mask["counts"]} <= set(classes)
+    assert seen_sets >= {tuple(names) for names in sets[:-1]}
+
+
+def test_label_info_comes_only_on_change(rig):
+    by_topic(rig, START)
+    by_parameter(rig, list(reversed(START)))
+    rig.segment(PICTURE)
+    since = rig.listener.mark()
+    by_topic(rig, START)
+    by_topic(rig, ["ball|sphere", "ladder"])
+    by_text(rig, START)
+    for _ in range(3):
+        rig.segment(PICTURE)
+    assert not rig.listener.seen("label_info", since)
+
+
+def test_a_late_joiner_gets_the_label_info(rig, new_peer):
+    late = new_peer("late")
+    late.do("subscribe", kind="label_info")
+    event = late.wait("label_info")
+    assert sorted(event["classes"].values()) == ["background", "ball", "ladder"]
+
+
+def test_an_empty_vocabulary_leaves_every_pixel_unlabelled(rig):
+    for way in WAYS.values():
+        since, line = rig.listener.mark(), len(rig.node.lines)
+        way(rig, [])
+        assert told(rig, [], since) == {"background": 0}
+        events = rig.segment(PICTURE, kinds=OUTPUTS)
+        pixels = PICTURE["width"] * PICTURE["height"]
+        assert events["mask"]["counts"] == {"255": pixels}
+        assert events["confidence"]["counts"] == {"0": pixels}
+        assert events["class_confidence"]["classes"] == []
+        rig.segment(PICTURE)
+        assert len([text for text in rig.node.lines[line:] if "vocabulary is empty" in text]) == 1
+        since = rig.listener.mark()
+        by_parameter(rig, START)
+        told(rig, START, since)
+
+
+def test_254_names_are_served_and_255_are_refused_with_the_limit(rig):
+    # The names that serve keep their ids; those of names out of use are free at once.
+    assert rig.talker.do("set_parameter", name="id_reuse_delay", value=0.0)["successful"]
+    names = [*START, *(f"thing {number}" for number in range(252))]
+    since = rig.listener.mark()
+    by_topic(rig, names)
+    ids = told(rig, names, since)
+    assert sorted(ids.values()) == list(range(255))
+    events = rig.segment(PICTURE, kinds=OUTPUTS)
+    assert len(events["class_confidence"]["classes"]) == 254
+    assert_refused(rig, [*names, "one more"], "254")
+
+
+def assert_refused(rig, names, reason):
+    before = serving(rig)
+    since = rig.listener.mark()
+    parameter = rig.talker.do("get_parameter", name="vocabulary")["value"]
+    answer = by_parameter(rig, names)
+    assert not answer["successful"]
+    assert reason in answer["reason"]
+    place = len(rig.node.lines)
+    by_topic(rig, names)
+    line = rig.node.wait_log("vocabulary by topic vocabulary is rejected", since=place)
+    assert reason in line
+    rig.segment(PICTURE)
+    assert not rig.listener.seen("label_info", since)
+    assert serving(rig) == before
+    assert rig.talker.do("get_parameter", name="vocabulary")["value"] == parameter
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("x" * 129, "128"),
+        ("line\nbreak", "control"),
+        ("bell\x07", "control"),
+        ("", "empty"),
+        ("   ", "empty"),
+        ("mug||cup", "empty"),
+    ],
+)
+def test_a_name_that_cannot_be_used_refuses_the_whole_set(rig, name, reason):
+    assert_refused(rig, ["mug", name], reason)
+
+
+def test_an_empty_name_is_no_way_to_say_that_there_are_none(rig):
+    """Only a parameter needs [""] for that."""
+    since, place = rig.listener.mark(), len(rig.node.lines)
+    by_topic(rig, [""])
+    assert "empty" in rig.node.wait_log("vocabulary by topic vocabulary is rejected", since=place)
+    rig.segment(PICTURE)
+    assert not rig.listener.seen("label_info", since)
+
+
+def test_a_set_without_free_ids_is_refused_until_the_ids_have_rested(rig):
+    old = [f"old {number}" for number in range(250)]
+    since = rig.listener.mark()
+    assert by_parameter(rig, old)["successful"]
+    told(rig, old, since)
+    assert rig.talker.do("set_parameter", name="id_reuse_delay", value=3600.0)["successful"]
+    new = [f"new {number}" for number in range(250)]
+    assert_refused(rig, new, "id_reuse_delay")
+    assert rig.talker.do("set_parameter", name="id_reuse_delay", value=0.0)["successful"]
+    # Only ids of names out of use can be had, and 250 are in use.
+    assert_refused(rig, new, "names in use")
+    since = rig.listener.mark()
+    assert by_parameter(rig, START)["successful"]
+    told(rig, START, since)
+    assert by_parameter(rig, new)["successful"]
+    told(rig, new, since)
+
+
+def test_duplicates_are_left_out_with_a_warning(rig):
+    since, place = rig.listener.mark(), len(rig.node.lines)
+    by_topic(rig, ["Mug", "mug ", "MUG", "caf\u00e9", "cafe\u0301", "cone"])
+    told(rig, ["Mug", "caf\u00e9", "cone"], since)
+    assert "more than once" in rig.node.wait_log("more than once", since=place)
+
+
+def test_any_unicode_arrives_verbatim(rig):
+    names = ["стул", "椅子", "كرسي", "🪑 chair", "naïve café", "%s%n{0}", "a/b\\c", "<b>"]
+    for way in WAYS.values():
+        since = rig.listener.mark()
+        way(rig, names)
+        told(rig, [unicodedata.normalize("NFC", name) for name in names], since)
+        assert by_parameter(rig, START)["successful"]
+        told(rig, START, since)
+
+
+def test_the_background_has_the_name_that_was_asked_for(rig):
+    since = rig.listener.mark()
+    assert rig.talker.do("set_parameter", name="background_name", value="rest")["successful"]
+    event = rig.listener.wait("label_info", lambda event: event["classes"]["0"] == "rest", since=since)
+    assert sorted(event["classes"].values()) == ["ball", "ladder", "rest"]
+    assert rig.talker.do("set_parameter", name="background_name", value="background")["successful"]
+    rig.listener.wait("label_info", lambda event: event["classes"]["0"] == "background", since=since)
+
+
+def test_negatives_can_be_changed_and_are_never_classes(rig):
+    since = rig.listener.mark()
+    for negatives in (["wall", "floor"], [""], ["default"]):
+        answer = rig.talker.do("set_parameter", name="negatives", value=negatives)
+        assert answer["successful"], answer["reason"]
+        rig.segment(PICTURE)
+    assert not rig.listener.seen("label_info", since)

@@ -1,0 +1,342 @@
+"""Before the way message -> ... -> message: films drawn scenes into the sample bag, with the truth beside every image.
+
+    python tools/sample_bag.py --out build/sample_bag
+
+A camera pans, zooms, rolls and sways over wide drawn scenes, indoors and in a yard by turns. The bag (rosbag2, mcap)
+holds, with one stamp for each image:
+
+    /camera/image/compressed     sensor_msgs/CompressedImage  JPEG
+    /camera/camera_info          sensor_msgs/CameraInfo       the camera of that moment, as its zoom changes it
+    /camera/labels/compressed    sensor_msgs/CompressedImage  PNG, 8 bits: what every pixel of the image shows
+    /camera/labels/label_info    vision_msgs/LabelInfo        which label is which name; once, transient local
+
+Needs no ROS. The same options give the same bag, byte for byte.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import cv2
+import numpy as np
+import typer
+import yaml
+from rich.console import Console
+from rich.progress import track
+from rosbags.interfaces import Qos, QosDurability, QosHistory, QosLiveliness, QosReliability, QosTime
+from rosbags.rosbag2 import StoragePlugin, Writer
+from rosbags.typesys import Stores, get_types_from_msg, get_typestore
+from rosbags.typesys.store import Typestore
+
+from nerve_core.embedded import scenes
+from nerve_core.embedded.scenes import NAMES, STUFF, Scene, draw_scene
+
+IMAGE_TOPIC = "/camera/image/compressed"
+CAMERA_INFO_TOPIC = "/camera/camera_info"
+LABELS_TOPIC = "/camera/labels/compressed"
+LABEL_INFO_TOPIC = "/camera/labels/label_info"
+FRAME_ID = "camera"
+
+WIDTH, HEIGHT = 640, 480
+RATE = 10
+"""Images a second."""
+START = 1_700_000_000
+"""Stamp of the first image, in seconds."""
+WORLDS = 4
+"""Scenes that one bag films, one after the other, for equally long."""
+WORLD = (840, 2560)
+"""Rows and columns of a scene, in pixels of its own."""
+WORLD_OBJECTS = (34, 42)
+OBJECT_SIZE = (0.11, 0.34)
+"""As draw_scene takes them: with them a view of the camera is filled like a scene of ordinary size."""
+CROSSING = 8.0
+"""Seconds in which the camera goes from one end of a scene to the other."""
+FOCAL_LENGTH = 540.0
+"""Of the camera at zoom 1, in pixels: 61 degrees across."""
+NOISE = 2.5
+"""Standard deviation of the sensor's noise, in grey levels."""
+JPEG_QUALITIES = (85, 75, 65, 55, 45, 35)
+JPEG_BYTES = 40_000
+"""Each image is written in the best of these qualities that takes no more than these bytes: half a minute of any seed
+stays below 15 MB."""
+
+CUSTOM_DATA = "nerve_ros_sample_bag"
+"""Key of the bag's metadata under which its options and the digest of its generator are written."""
+
+_PLACES = (
+    {"tiles", "floor", "carpet"},  # indoors
+    {"grass", "gravel", "road"},  # a yard
+)
+
+_LABEL_INFO = "std_msgs/Header header\nvision_msgs/VisionClass[] class_map\nfloat32 threshold\n"
+_VISION_CLASS = "uint16 class_id\nstring class_name\n"
+
+Progress = Callable[[Iterable], Iterable]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What decides a bag. Raises ValueError where a value cannot be used."""
+
+    seconds: float = 32.0
+    seed: int = 3
+
+    def __post_init__(self) -> None:
+        if not 0.1 <= self.seconds <= 3600.0:
+            raise ValueError(f"seconds is {self.seconds:g}; accepted: 0.1 to 3600")
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}; accepted: 0 and above")
+
+    @property
+    def images(self) -> int:
+        """How many images the bag holds."""
+        return round(self.seconds * RATE)
+
+
+@dataclass(frozen=True)
+class Pose:
+    """Where the camera looks, in a scene's pixels: the image's middle (x, y), the scene's pixels to one of the image's
+    (above 1: zoomed out), and the roll in radians."""
+
+    x: float
+    y: float
+    scale: float
+    roll: float
+
+
+@dataclass(frozen=True)
+class CameraPath:
+    """A smooth way over one scene that never shows what lies beside it. phases: five numbers in 0..2 pi."""
+
+    phases: tuple[float, float, float, float, float]
+
+    def pose(self, seconds: float) -> Pose:
+        """The camera's pose, `seconds` after the scene came up."""
+        across, zoom, turn, sway, nod = self.phases
+        scale = 1.12 + 0.2 * np.sin(2 * np.pi * seconds / 7.3 + zoom)
+        roll = np.radians(3.5) * np.sin(2 * np.pi * seconds / 5.9 + turn)
+        cos, sin = abs(np.cos(roll)), abs(np.sin(roll))
+        reach_x = scale * (WIDTH * cos + HEIGHT * sin) / 2 + 1
+        reach_y = scale * (WIDTH * sin + HEIGHT * cos) / 2 + 1
+        rows, columns = WORLD
+        start = np.pi if across > np.pi else 0.0
+        along = 0.5 - 0.5 * np.cos(np.pi * seconds / CROSSING + start)
+        down = 0.47 + 0.3 * np.sin(2 * np.pi * seconds / 6.7 + sway) + 0.06 * np.sin(2 * np.pi * seconds / 1.7 + nod)
+        x = reach_x + along * (columns - 1 - 2 * reach_x)
+        y = reach_y + down * (rows - 1 - 2 * reach_y)
+        return Pose(float(x), float(y), float(scale), float(roll))
+
+
+def draw_worlds(seed: int) -> Iterator[tuple[Scene, CameraPath]]:
+    """The scenes of a bag, indoors and a yard by turns, each with the camera's way over it."""
+    for world in range(WORLDS):
+        grounds = _PLACES[world % len(_PLACES)]
+        for attempt in itertools.count():
+            key = (seed, world, attempt)
+            # A scene's place does not depend on its size: an empty small one tells at once.
+            if _grounds(draw_scene(key, size=(64, 64), objects=(0, 0))) & grounds:
+                scene = draw_scene(key, size=WORLD, objects=WORLD_OBJECTS, object_size=OBJECT_SIZE)
+                phases = np.random.default_rng(key).uniform(0, 2 * np.pi, 5)
+                yield scene, CameraPath(tuple(phases))
+                break
+
+
+def film(scene: Scene, pose: Pose) -> tuple[np.ndarray, np.ndarray]:
+    """What the camera sees from `pose`, without noise: image uint8 [480, 640, 3] RGB and labels uint8 [480, 640].
+
+    Both look at the same points of the scene: the image between its pixels, a label at the nearest of them.
+    """
+    u = np.arange(WIDTH, dtype=np.float64)[None, :] - (WIDTH - 1) / 2
+    v = np.arange(HEIGHT, dtype=np.float64)[:, None] - (HEIGHT - 1) / 2
+    cos, sin = pose.scale * np.cos(pose.roll), pose.scale * np.sin(pose.roll)
+    x, y = pose.x + cos * u - sin * v, pose.y + sin * u + cos * v
+    image = cv2.remap(scene.image, x.astype(np.float32), y.astype(np.float32), cv2.INTER_LINEAR)
+    labels = scene.labels[np.rint(y).astype(np.intp), np.rint(x).astype(np.intp)]
+    return image, labels
+
+
+def expose(image: np.ndarray, seconds: float, rng: np.random.Generator) -> np.ndarray:
+    """What the sensor makes of an image, uint8 RGB in and out: brightness that drifts by a tenth, and noise."""
+    gain = 1 + 0.1 * np.sin(2 * np.pi * seconds / 13.0)
+    noise = rng.standard_normal(image.shape, dtype=np.float32) * np.float32(NOISE)
+    return np.clip(np.rint(image * np.float32(gain) + noise), 0, 255).astype(np.uint8)
+
+
+def generator_digest(options: Options) -> str:
+    """Changes with the options, the sources that a bag is made by and what turns them into bytes."""
+    digest = hashlib.sha256(json.dumps(asdict(options)).encode())
+    for source in (__file__, scenes.__file__):
+        digest.update(Path(source).read_bytes())
+    for package in ("numpy", "opencv-python-headless", "rosbags"):
+        digest.update(_version(package).encode())
+    return digest.hexdigest()
+
+
+def ensure(out: Path, options: Options, *, progress: Progress = iter) -> bool:
+    """Make the bag of `options` in the folder `out` unless it is there already; whether it was made now.
+
+    A bag of other options or of an older generator is replaced; anything else in its place raises FileExistsError.
+    Safe to be called by several processes at once.
+    """
+    out = out.absolute()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with (out.parent / f".{out.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        digest = generator_digest(options)
+        if out.exists() and _written_digest(out) == digest:
+            return False
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
+            # Under its own name: the files in a bag are called after its folder.
+            made = Path(folder) / out.name
+            _write(made, options, digest, progress)
+            if out.exists():
+                shutil.rmtree(out)
+            os.replace(made, out)
+        return True
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except Exception:  # OpenCV comes under several names, or with the system
+        return cv2.__version__
+
+
+def _written_digest(out: Path) -> str:
+    """The digest in a bag's metadata. Raises FileExistsError where `out` is no bag of this generator."""
+    try:
+        metadata = yaml.safe_load((out / "metadata.yaml").read_text())["rosbag2_bagfile_information"]
+        return json.loads(metadata["custom_data"][CUSTOM_DATA])["digest"]
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        raise FileExistsError(
+            f"{out} is there already and is no sample bag: delete it, or name another folder"
+        ) from error
+
+
+def _grounds(scene: Scene) -> set[str]:
+    return {STUFF[k - 1] for k in np.unique(scene.stuff)}
+
+
+def _write(out: Path, options: Options, digest: str, progress: Progress) -> None:
+    store = get_typestore(Stores.ROS2_JAZZY)
+    store.register(get_types_from_msg(_VISION_CLASS, "vision_msgs/msg/VisionClass"))
+    store.register(get_types_from_msg(_LABEL_INFO, "vision_msgs/msg/LabelInfo"))
+    with Writer(out, version=Writer.VERSION_LATEST, storage_plugin=StoragePlugin.MCAP) as writer:
+        writer.set_custom_data(CUSTOM_DATA, json.dumps({**asdict(options), "digest": digest}))
+        connections = {
+            topic: writer.add_connection(topic, kind, typestore=store, offered_qos_profiles=[_qos(latched)])
+            for topic, kind, latched in (
+                (LABEL_INFO_TOPIC, "vision_msgs/msg/LabelInfo", True),
+                (IMAGE_TOPIC, "sensor_msgs/msg/CompressedImage", False),
+                (CAMERA_INFO_TOPIC, "sensor_msgs/msg/CameraInfo", False),
+                (LABELS_TOPIC, "sensor_msgs/msg/CompressedImage", False),
+            )
+        }
+        for topic, nanoseconds, message in _messages(store, options, progress):
+            kind = connections[topic].msgtype
+            writer.write(connections[topic], nanoseconds, store.serialize_cdr(message, kind))
+
+
+def _messages(store: Typestore, options: Options, progress: Progress) -> Iterator[tuple[str, int, object]]:
+    """Topic, stamp in nanoseconds and message, in the order of time."""
+    types = store.types
+    label_class = types["vision_msgs/msg/VisionClass"]
+    classes = [label_class(number, name) for number, name in enumerate(("background", *NAMES))]
+    info = types["vision_msgs/msg/LabelInfo"](_header(store, START * 10**9), classes, 0.0)
+    yield LABEL_INFO_TOPIC, START * 10**9, info
+    compressed = types["sensor_msgs/msg/CompressedImage"]
+    worlds, current = draw_worlds(options.seed), -1
+    for number in progress(range(options.images)):
+        world = number * WORLDS // options.images
+        if world != current:
+            scene, path = next(itertools.islice(worlds, world - current - 1, None))
+            current, first = world, number
+        pose = path.pose((number - first) / RATE)
+        image, labels = film(scene, pose)
+        image = expose(image, number / RATE, np.random.default_rng((options.seed, number)))
+        nanoseconds = START * 10**9 + number * 10**9 // RATE
+        header = _header(store, nanoseconds)
+        jpeg = _jpeg(image)
+        yield IMAGE_TOPIC, nanoseconds, compressed(header, "rgb8; jpeg compressed bgr8", jpeg)
+        yield CAMERA_INFO_TOPIC, nanoseconds, _camera_info(store, header, FOCAL_LENGTH / pose.scale)
+        png = _encoded(".png", labels, [cv2.IMWRITE_PNG_COMPRESSION, 9])
+        yield LABELS_TOPIC, nanoseconds, compressed(header, "mono8; png compressed ", png)
+
+
+def _header(store: Typestore, nanoseconds: int) -> object:
+    stamp = store.types["builtin_interfaces/msg/Time"](*divmod(nanoseconds, 10**9))
+    return store.types["std_msgs/msg/Header"](stamp, FRAME_ID)
+
+
+def _camera_info(store: Typestore, header: object, focal: float) -> object:
+    """Of a camera without distortion whose axis goes through the image's middle."""
+    K = np.array([focal, 0, (WIDTH - 1) / 2, 0, focal, (HEIGHT - 1) / 2, 0, 0, 1], np.float64)
+    P = np.hstack([K.reshape(3, 3), np.zeros((3, 1))]).ravel()
+    region = store.types["sensor_msgs/msg/RegionOfInterest"](0, 0, 0, 0, False)
+    return store.types["sensor_msgs/msg/CameraInfo"](
+        header, HEIGHT, WIDTH, "plumb_bob", np.zeros(5), K, np.eye(3).ravel(), P, 0, 0, region
+    )
+
+
+def _jpeg(image: np.ndarray) -> np.ndarray:
+    for quality in JPEG_QUALITIES:
+        data = _encoded(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])
+        if len(data) <= JPEG_BYTES:
+            break
+    return data
+
+
+def _encoded(suffix: str, image: np.ndarray, options: list[int]) -> np.ndarray:
+    written, data = cv2.imencode(suffix, image, options)
+    if not written:
+        raise RuntimeError(f"OpenCV could not write a {suffix} image")
+    return data.ravel()
+
+
+def _qos(latched: bool) -> Qos:
+    never = QosTime(9223372036, 854775807)
+    return Qos(
+        history=QosHistory.KEEP_LAST,
+        depth=1 if latched else 10,
+        reliability=QosReliability.RELIABLE,
+        durability=QosDurability.TRANSIENT_LOCAL if latched else QosDurability.VOLATILE,
+        deadline=never,
+        lifespan=never,
+        liveliness=QosLiveliness.AUTOMATIC,
+        liveliness_lease_duration=never,
+        avoid_ros_namespace_conventions=False,
+    )
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="The bag's folder.")] = Path("build/sample_bag"),
+    seconds: Annotated[float, typer.Option(help="Length, 0.1 to 3600.")] = Options.seconds,
+    seed: Annotated[int, typer.Option(help="Another seed, another film.")] = Options.seed,
+) -> None:
+    """Make the sample bag, unless the one that these options give is there already."""
+    console = Console(stderr=True, highlight=False)
+    try:
+        options = Options(seconds, seed)
+        made = ensure(out, options, progress=lambda items: track(items, "filming the sample bag", console=console))
+    except (ValueError, FileExistsError) as error:
+        console.print(f"[red]sample_bag:[/] {error}", soft_wrap=True)
+        raise typer.Exit(2) from None
+    if made:
+        size = sum(file.stat().st_size for file in out.iterdir()) / 1e6
+        console.print(f"sample bag: {options.images} images, {size:.1f} MB, in {out}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    sys.exit(typer.run(main))
