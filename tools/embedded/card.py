@@ -131,7 +131,8 @@ def main(
     }
     (out / "card.json").write_text(json.dumps(content, indent=2) + "\n")
     text = (Path(__file__).parent / "card_text.md").read_text()
-    (out / "CARD.md").write_text(text.replace("<!-- tables -->", markdown(content)))
+    text = text.replace("<!-- tables -->", markdown(content)).replace("<!-- remarks -->", remarks(content))
+    (out / "CARD.md").write_text(text)
 
 
 def shown(count: int) -> Callable:
@@ -160,6 +161,33 @@ def markdown(content: dict) -> str:
     alone = content["per_class_clip_alone"]
     lines += [f"| {name} | {alone[name]:.3f} | {value:.3f} |" for name, value in content["per_class"].items()]
     lines += ["", f"Settings: `{json.dumps(content['settings'])}`"]
+    return "\n".join(lines)
+
+
+def remarks(content: dict) -> str:
+    """What the numbers say, worked out from them: the parts in order, the heads, and whatever is below CLIP alone."""
+    parts, heads = content["miou"]["Parts of the method"], content["miou"]["Heads"]
+    alone, full = parts["CLIP alone (G)"], parts["global + local + walk (full NERVE)"]
+    local, global_ = parts["local only (beta 0)"], parts["global only (beta 1)"]
+    best = max((row for row in heads if row.startswith("single")), key=heads.__getitem__)
+    ordered = alone < local < global_ < full
+    below = [
+        f"{row} ({value:.4f})" for table in content["miou"].values() for row, value in table.items() if value < alone
+    ]
+
+    def whether(holds: bool, verb: str) -> str:
+        return verb if holds else f"{verb} not"
+
+    weighted, mean = heads["weighted by entropy"], heads["mean"]
+    ordering = "holds" if ordered else "does not hold"
+    lines = [
+        f"- The whole method adds {full - alone:.4f} to CLIP alone.",
+        f"- The paper's ordering, CLIP alone < local < global < full, {ordering} here.",
+        f"- Weighting by entropy {whether(weighted > mean, 'is')} above the mean of the heads.",
+        f"- The best single head ({best.removeprefix('single, ')}, known only afterwards) "
+        + f"{whether(heads[best] > weighted, 'is')} above the weighted ones.",
+        f"- Below CLIP alone: {', '.join(dict.fromkeys(below))}.",
+    ]
     return "\n".join(lines)
 
 
