@@ -184,8 +184,7 @@ def remarks(content: dict) -> str:
         f"- The whole method adds {full - alone:.4f} to CLIP alone.",
         f"- The paper's ordering, CLIP alone < local < global < full, {ordering} here.",
         f"- Weighting by entropy {whether(weighted > mean, 'is')} above the mean of the heads.",
-        f"- The best single head ({best.removeprefix('single, ')}, known only afterwards) "
-        + f"{whether(heads[best] > weighted, 'is')} above the weighted ones.",
+        f"- The best single head, known only afterwards, {whether(heads[best] > weighted, 'is')} above that: {best}.",
         f"- Below CLIP alone: {', '.join(dict.fromkeys(below))}.",
     ]
     return "\n".join(lines)
