@@ -163,9 +163,10 @@ class NerveNode(LifecycleNode):
         self._await(self._worker.submit(lambda: importlib.import_module("nerve_core.segmenter")))
         self._ask_for_vocabulary(self._config)
         for trigger in (self.trigger_configure, self.trigger_activate) if self._config.autostart else ():
-            if trigger() != TransitionCallbackReturn.SUCCESS:
-                if not self.context.ok():
-                    raise Interrupted
+            succeeded = self.context.ok() and trigger() == TransitionCallbackReturn.SUCCESS
+            if not self.context.ok():
+                raise Interrupted
+            if not succeeded:
                 step = "configure" if self.state == "unconfigured" else "activate"
                 name = self.get_fully_qualified_name()
                 self.get_logger().error(f"not started; put it right, then: ros2 lifecycle set {name} {step}")

@@ -146,7 +146,8 @@ def end(rig, number):
     rig.node.send(number)
     code = rig.node.ended()
     assert code == 0, rig.node.report()
-    noise = ("Traceback", "terminate", "Error", "Failed")
+    # Not "Failed to publish log message": rcl says so of a line that was on its way when the context went.
+    noise = ("Traceback", "terminate", "Aborted", "Segmentation fault")
     assert not [line for line in rig.node.lines if any(word in line for word in noise)], rig.node.report()
 
 
@@ -164,10 +165,15 @@ sys.exit(main())
 """
 
 
-def test_an_interrupt_while_importing_ends_the_process_cleanly(environment):
-    command = [sys.executable, "-c", INTERRUPTED_WHILE_IMPORTING]
+def test_an_interrupt_while_importing_ends_the_process_cleanly(environment, tmp_path):
     done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=harness.LOADING, check=False
+        [sys.executable, "-c", INTERRUPTED_WHILE_IMPORTING],
+        env=environment,
+        cwd=tmp_path,  # not the repository, whose folder nerve_ros would be imported instead of the installed package
+        capture_output=True,
+        text=True,
+        timeout=harness.LOADING,
+        check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
