@@ -121,6 +121,8 @@ class Segmenter:
         if offline is None:
             offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
         cache = None if cache_dir is None or cache_dir == "" else Path(cache_dir).expanduser()
+        if where.type == "cuda":  # sums of half-precision products stay in float32
+            torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
         places: dict[str, Any] = {"cache_dir": None if cache is None else str(cache), "offline": offline}
         diffusion = found.diffusion if not revision else type(found.diffusion)(found.diffusion.location, revision)
         clip = load_clip(found.clip, where, precision, **places)
@@ -220,6 +222,14 @@ class Segmenter:
         """Segment a grey image of (rows, columns) once, so that the first real frame is as fast as the next."""
         grey = np.full((*image_size, 3), 127, np.uint8)
         self(grey, Vocabulary(["object"]))
+
+    def close(self) -> None:
+        """Give the models' memory back to the device; the segmenter is of no use afterwards."""
+        del self.clip, self.taps, self.text
+        self._workspace = Workspace()
+        self._vocabularies.clear()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _pixels(self, image: np.ndarray) -> Tensor:
         """float32 [1, 3, H, W] in 0..1 on the device."""

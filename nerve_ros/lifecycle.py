@@ -379,6 +379,8 @@ class NerveNode(LifecycleNode):
 
     def _unload(self) -> None:
         self._worker.forget()
+        if self._segmenter is not None:
+            self._segmenter.close()
         self._segmenter = self._pair_settings = self._applied = None
 
     def _prepare(self, request: Request) -> Generator[None, None, Snapshot]:

@@ -4,7 +4,9 @@ How good the masks are is measured elsewhere; nothing here depends on what the w
 """
 
 import dataclasses
+import gc
 import warnings
+import weakref
 
 import numpy as np
 import pytest
@@ -356,3 +358,12 @@ def test_other_heads_and_walks_run_on_the_same_pair(segmenter, cache, scene, wal
         "embedded", device="cpu", cache_dir=cache, settings={**SMALL, **walk, "head": head}
     )
     assert_sound(other(scene.image, Vocabulary(["ball", "cube"])), (120, 160), ["ball", "cube"])
+
+
+def test_close_lets_the_models_go():
+    segmenter = Segmenter.from_pretrained("embedded", device="cpu")
+    unet = weakref.ref(segmenter.taps.unet)
+    segmenter.warm_up((48, 64))
+    segmenter.close()
+    gc.collect()
+    assert unet() is None
