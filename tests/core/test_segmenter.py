@@ -254,18 +254,13 @@ def test_the_pairs_negatives_are_taken_unless_the_vocabulary_has_its_own(segment
     assert len(segmenter.embed(Vocabulary(["ball"], negatives=())).classes) == 1
 
 
-def test_only_the_last_vocabularies_are_kept(segmenter, monkeypatch):
+def test_only_the_vocabularies_used_last_are_kept(segmenter, monkeypatch):
     monkeypatch.setattr(rooms, "_VOCABULARIES_KEPT", 3)
-    kept = [Vocabulary([name]) for name in NAMES[:4]]
-    for vocabulary in kept:
-        segmenter.embed(vocabulary)
-        segmenter.embed(kept[0])  # in use: stays
-    assert len(segmenter._vocabularies) <= 33
     monkeypatch.setattr(segmenter, "_vocabularies", type(segmenter._vocabularies)())
-    for vocabulary in kept:
+    first, second, third, fourth = (Vocabulary([name]) for name in NAMES[:4])
+    for vocabulary in (first, second, third, first, fourth):  # the first is used again: the second is the oldest
         segmenter.embed(vocabulary)
-        segmenter.embed(kept[0])
-    assert list(segmenter._vocabularies) == [kept[2], kept[3], kept[0]]
+    assert list(segmenter._vocabularies) == [third, first, fourth]
 
 
 @pytest.mark.parametrize("broken", ["clip", "diffusion"])
