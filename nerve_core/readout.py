@@ -66,9 +66,9 @@ def read_out(
     """Name every pixel of an image of `size` (rows, columns).
 
     G, P: float32 [N, queries], before and after the walk, N tokens of `grid`. classes: int64 [queries], the label of
-    each query, 0 for
-    negatives. The queries of a class are merged by their maximum at each pixel, after resizing P bilinearly. A pixel
-    is background where a negative wins, where the winner is under `threshold`, or its class under `presence_threshold`.
+    each query, 0 for negatives. The queries of a class are merged by their maximum at each pixel, after resizing P
+    bilinearly. A pixel is background where a negative wins, where the winner is under `threshold`, or its class
+    under `presence_threshold`.
     """
     device = P.device
     found = presence(G, P)
