@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .models import ModelError as ModelError
+    from .pairs import ModelError as ModelError
     from .segmenter import (
         ClassConfidence as ClassConfidence,
     )
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "ClassConfidence": "segmenter",
-    "ModelError": "models",
+    "ModelError": "pairs",
     "Segmentation": "segmenter",
     "Segmenter": "segmenter",
     "Vocabulary": "vocabulary",

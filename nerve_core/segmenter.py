@@ -18,13 +18,15 @@ from torch import Tensor
 from ._workspace import Workspace
 from .dense_clip import DenseClip
 from .diffusion import DiffusionTaps
-from .models import ModelError, find_pair, load_clip, load_diffusion
+from .models import load_clip, load_diffusion
+from .pairs import ModelError, find_pair
 from .random_walk import Refinement, refine
 from .readout import UNLABELLED, Readout, read_out
 from .settings import Settings
 from .settings import preset as preset_overrides
 from .templates import template_set
-from .vocabulary import QueryEmbeddings, TextEncoder, Vocabulary, embed_vocabulary
+from .text import QueryEmbeddings, TextEncoder, embed_vocabulary
+from .vocabulary import Vocabulary
 
 _VOCABULARIES_KEPT = 32
 STAGES = ("preprocess", "clip", "diffusion", "refine", "readout")

@@ -41,7 +41,7 @@ from nerve_ros.worker import Worker
 if TYPE_CHECKING:
     from nerve_core import Segmenter, Vocabulary
     from nerve_core.settings import Settings
-    from nerve_core.vocabulary import QueryEmbeddings
+    from nerve_core.text import QueryEmbeddings
 
 NAMES_PER_STEP = 4
 """Names whose text embeddings are computed between two images."""

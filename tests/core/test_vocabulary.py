@@ -14,14 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nerve_core.templates import TEMPLATE_SETS, template_set
-from nerve_core.vocabulary import (
-    MAX_NAMES,
-    QueryEmbeddings,
-    TextEncoder,
-    Vocabulary,
-    VocabularyError,
-    embed_vocabulary,
-)
+from nerve_core.text import QueryEmbeddings, TextEncoder, embed_vocabulary
+from nerve_core.vocabulary import MAX_NAMES, Vocabulary, VocabularyError
 from small_models import byte_tokenizer, small_clip
 
 TEMPLATES = ("a photo of a {}.", "the {}", "{} in a room")
@@ -264,7 +258,7 @@ def test_the_embedding_of_a_word_does_not_depend_on_its_company(clip, tokenizer)
 def test_many_words_are_embedded_in_batches(clip, tokenizer, monkeypatch):
     words = [f"thing {k}" for k in range(23)]
     whole = TextEncoder(clip, tokenizer, TEMPLATES, identity="x")(words)
-    monkeypatch.setattr("nerve_core.vocabulary._TEXT_BATCH", 10)  # cuts words apart
+    monkeypatch.setattr("nerve_core.text._TEXT_BATCH", 10)  # cuts words apart
     torch.testing.assert_close(TextEncoder(clip, tokenizer, TEMPLATES, identity="x")(words), whole, rtol=0, atol=1e-6)
 
 
