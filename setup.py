@@ -1,5 +1,8 @@
-"""Lets `pip install .` work without colcon; what it installs is said in pyproject.toml."""
+"""Says which packages `pip install .` installs; everything else is said in pyproject.toml."""
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
-setup()
+setup(
+    packages=[*find_packages(include=["nerve_core", "nerve_core.*", "nerve_ros", "nerve_ros.*"]), "nerve_benchmarks"],
+    package_dir={"nerve_benchmarks": "benchmarks"},
+)

@@ -11,9 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .pairs import ModelError as ModelError
-    from .segmenter import (
-        ClassConfidence as ClassConfidence,
-    )
+    from .readout import ClassConfidence as ClassConfidence
     from .segmenter import (
         Segmentation as Segmentation,
     )
@@ -24,7 +22,7 @@ if TYPE_CHECKING:
     from .vocabulary import VocabularyError as VocabularyError
 
 _HOMES = {
-    "ClassConfidence": "segmenter",
+    "ClassConfidence": "readout",
     "ModelError": "pairs",
     "Segmentation": "segmenter",
     "Segmenter": "segmenter",

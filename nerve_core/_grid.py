@@ -34,7 +34,7 @@ def inside(grid: tuple[int, int], device: torch.device | str | None = None) -> T
 
 def neighbour_products(left: Tensor, right: Tensor, grid: tuple[int, int]) -> Tensor:
     """Inner product of left [N, R] at each token with right [N, R] at its nine places: [N, 9], 0 outside."""
-    image = left.t().reshape(-1, *grid)  # [R, rows, columns]
+    image = left.t().contiguous().reshape(-1, *grid)  # [R, rows, columns]
     products = [(image * window).sum(0) for window in _windows(right.t(), grid)]
     return torch.stack(products, dim=-1).reshape(-1, len(OFFSETS))
 

@@ -30,7 +30,10 @@ def _onednn_linear() -> bool:
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x [M, K] weight [N, K]^T -> [M, N]; both contiguous, of one dtype and device. float32 stays float32."""
+    """x [M, K] weight [N, K]^T -> [M, N], of one dtype and device; float32 stays float32.
+
+    x: contiguous. weight: contiguous, or the transpose of what is: neither is copied.
+    """
     if x.dtype == torch.float32 and x.device.type == "cpu" and _onednn_linear():
         return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     return F.linear(x, weight)

@@ -14,8 +14,12 @@ import cv2
 import numpy as np
 import typer
 from rich.console import Console
+from rich.logging import RichHandler
 from rich.progress import track
 from rich.table import Table
+
+from .cli_bench import bench
+from .cli_models import models
 
 if TYPE_CHECKING:
     from .segmenter import Segmentation, Segmenter
@@ -25,6 +29,8 @@ app = typer.Typer(
 )
 evaluate = typer.Typer(no_args_is_help=True, help="Measure the quality of masks.")
 app.add_typer(evaluate, name="eval")
+app.add_typer(models, name="models")
+app.add_typer(bench, name="bench")
 
 console = Console(stderr=True)
 _IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
@@ -230,7 +236,9 @@ def main() -> None:
     """Run the command; what is wrong with the input is said in one line, without a traceback."""
     # OpenMP's threads spin while they wait, which costs several times the work where other processes are busy.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    logging.basicConfig(level=logging.WARNING)
+    handler = RichHandler(console=console, show_time=False, show_path=False, show_level=False)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    logging.getLogger("nerve_core").setLevel(logging.INFO)
     try:
         app()
     except (ValueError, RuntimeError, OSError) as error:  # ModelError is a RuntimeError

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPModel
 
+from ._layers import attend, lay_out
 from .templates import template_set
 
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -26,7 +27,7 @@ class ClipConfig:
 
     head: one of `HEADS`. short_side: pixels of the input's short side. stretch: a square input that ignores the aspect.
     logit_scale: factor on the cosine before the softmax. templates: name of a set in `templates.py`, or templates
-    themselves. negatives: what a pixel may be instead of a name. mean_negative: see `embed_vocabulary`.
+    themselves. negatives: what a pixel may be instead of a name. mean_negative: see `vocabulary_steps`.
     Raises ValueError.
     """
 
@@ -69,6 +70,12 @@ class DenseClip:
     """A CLIP vision tower read patch by patch."""
 
     def __init__(self, clip: CLIPModel, config: ClipConfig) -> None:
+        """Take the vision tower over: the model keeps its text tower alone, and what the head does not run is dropped.
+
+        Raises ValueError for a model whose vision tower was taken before.
+        """
+        if clip.vision_model is None:
+            raise ValueError("this CLIP has no vision tower left, it was taken over before; load it again")
         self.vision, self.projection, self.config = clip.vision_model, clip.visual_projection, config
         self.patch = clip.config.vision_config.patch_size
         self.dtype = self.projection.weight.dtype
@@ -76,6 +83,14 @@ class DenseClip:
         self._mean = torch.tensor(_MEAN, device=device).view(3, 1, 1)
         self._deviation = torch.tensor(_DEVIATION, device=device).view(3, 1, 1)
         self._positions: dict[tuple[int, int], Tensor] = {}
+        clip.vision_model = clip.visual_projection = None
+        last = self.vision.encoder.layers[-1]
+        if config.head in _WITHOUT_LAST_SCORES:
+            last.self_attn.q_proj = last.self_attn.k_proj = None
+        if config.head == "cliper":
+            last.mlp = last.layer_norm2 = None
+        lay_out(self.vision)
+        self.projection = lay_out(nn.Sequential(self.projection))
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of patches for an image of that size.
@@ -89,7 +104,7 @@ class DenseClip:
         scale = self.config.short_side / short
         return max(1, round(height * scale / self.patch)), max(1, round(width * scale / self.patch))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def features(self, image: Tensor) -> PatchFeatures:
         """image: float32 [1, 3, H, W] in 0..1, RGB, on the model's device."""
         grid = self.grid(*image.shape[-2:])
@@ -99,12 +114,12 @@ class DenseClip:
         embeddings = self.vision.embeddings
         patches = embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)  # [1, patches, width]
         tokens = torch.cat([embeddings.class_embedding.expand(1, 1, -1), patches], dim=1)
-        hidden = self.vision.pre_layrnorm(tokens + self._position_embedding(grid))
+        hidden = self.vision.pre_layrnorm(tokens + self.positions(grid))
         maps, affinity = HEADS[self.config.head](self.vision.encoder.layers, hidden)
         projected = self.projection(self.vision.post_layernorm(maps[:, 1:]))
         return PatchFeatures(F.normalize(projected.float(), dim=-1), affinity, grid)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def probabilities(self, features: PatchFeatures, queries: Tensor, size: tuple[int, int]) -> Tensor:
         """G: float32 [N, queries] on a grid of `size` (rows, columns), rows sum to 1.
 
@@ -120,7 +135,7 @@ class DenseClip:
         scores = scores.T.unflatten(-1, features.grid)[None]
         return F.interpolate(scores, size, mode="bilinear", align_corners=False)[0].flatten(1).T
 
-    def _position_embedding(self, grid: tuple[int, int]) -> Tensor:
+    def positions(self, grid: tuple[int, int]) -> Tensor:
         """The learnt positions resized to a grid (bicubic), [1, 1 + patches, width]; remembered."""
         if grid not in self._positions:
             if len(self._positions) == _GRIDS_KEPT:
@@ -148,28 +163,43 @@ def _merge(attention: nn.Module, attended: Tensor) -> Tensor:
     return attention.out_proj(attended.transpose(1, 2).flatten(2))
 
 
-def _block(layer: nn.Module, hidden: Tensor) -> Tensor:
+def run_layer(layer: nn.Module, hidden: Tensor) -> Tensor:
     """One transformer layer, as trained."""
     attention, normed = layer.self_attn, layer.layer_norm1(hidden)
     q, k, v = (_split(attention, project(normed)) for project in (attention.q_proj, attention.k_proj, attention.v_proj))
-    hidden = hidden + _merge(attention, F.scaled_dot_product_attention(q, k, v))
+    hidden = hidden + _merge(attention, attend(q, k, v))
     return hidden + layer.mlp(layer.layer_norm2(hidden))
 
 
 def _vanilla(layers: nn.ModuleList, hidden: Tensor) -> tuple[Tensor, None]:
     """The last layer's tokens as they are."""
     for layer in layers:
-        hidden = _block(layer, hidden)
+        hidden = run_layer(layer, hidden)
     return hidden, None
 
 
 def _maskclip(layers: nn.ModuleList, hidden: Tensor) -> tuple[Tensor, None]:
     """The last layer attends nowhere: every token keeps its own value (MaskCLIP, arXiv 2112.01071, Sec. 3.3)."""
     for layer in layers[:-1]:
-        hidden = _block(layer, hidden)
+        hidden = run_layer(layer, hidden)
     last = layers[-1]
     hidden = hidden + last.self_attn.out_proj(last.self_attn.v_proj(last.layer_norm1(hidden)))
     return hidden + last.mlp(last.layer_norm2(hidden)), None
+
+
+def _attend_and_add(q: Tensor, k: Tensor, v: Tensor, fused: Tensor) -> Tensor:
+    """Attention of q, k, v [heads, T, size], whose weights are added to `fused` [heads, T, T]."""
+    heads, _, size = q.shape
+    step = 1 if q.device.type == "cpu" else heads  # the weights of one head stay in a core's cache
+    scores = q.new_empty((step, *fused.shape[1:]))
+    weights, attended = torch.empty_like(scores), torch.empty_like(q)
+    for head in range(0, heads, step):
+        part = slice(head, head + step)
+        torch.baddbmm(scores, q[part], k[part].mT, beta=0, alpha=size**-0.5, out=scores)
+        torch.softmax(scores, -1, out=weights)
+        fused[part] += weights
+        attended[part] = weights @ v[part]
+    return attended
 
 
 def _cliper(layers: nn.ModuleList, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -180,31 +210,31 @@ def _cliper(layers: nn.ModuleList, hidden: Tensor) -> tuple[Tensor, Tensor]:
     feed-forward. The affinity is the heads' mean over patches alone, its rows normalised: CLIPer's product of its
     thresholded map with the mean attention becomes a stochastic one, so that G stays a distribution.
     """
-    fused: Tensor | float = 0.0
+    if len(layers) < 2:
+        raise ValueError("head 'cliper' needs a CLIP of at least two layers; choose vanilla or maskclip")
+    tokens, heads = hidden.shape[1], layers[0].self_attn.num_heads
+    fused = torch.zeros((heads, tokens, tokens), device=hidden.device)
     inputs = []
     for layer in layers[:-1]:
         attention, normed = layer.self_attn, layer.layer_norm1(hidden)
         inputs.append(normed)
         q, k, v = (
-            _split(attention, project(normed)) for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+            _split(attention, project(normed))[0] for project in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
-        weights = (q @ k.transpose(-1, -2) * attention.scale).softmax(-1, dtype=torch.float32)
-        fused = fused + weights
-        hidden = hidden + _merge(attention, weights.to(v.dtype) @ v)
+        hidden = hidden + _merge(attention, _attend_and_add(q, k, v, fused)[None])
         hidden = hidden + layer.mlp(layer.layer_norm2(hidden))
     inputs.append(hidden)
-    if isinstance(fused, float):
-        raise ValueError("head 'cliper' needs a CLIP of at least two layers; choose vanilla or maskclip")
-    fused = fused / fused.sum(-2, keepdim=True)
-    fused = fused / fused.sum(-1, keepdim=True)
-    fused = (fused + fused.transpose(-1, -2)) / 2
-    fused = (fused - fused.mean(-2, keepdim=True)).clamp_min(0)
-    fused = fused / fused.sum(-1, keepdim=True).clamp_min(1e-12)
-    last = layers[-1]
-    stacked = last.layer_norm1(torch.cat(inputs))  # [layers, T, width]
-    values = _split(last.self_attn, last.self_attn.v_proj(stacked))
-    maps = _merge(last.self_attn, fused.to(values.dtype) @ values)
-    affinity = fused.mean((0, 1))[1:, 1:]
+    fused /= fused.sum(-2, keepdim=True)
+    fused /= fused.sum(-1, keepdim=True)
+    fused = (fused + fused.mT) / 2
+    fused = (fused - fused.mean(-2, keepdim=True)).clamp_min_(0)
+    fused /= fused.sum(-1, keepdim=True).clamp_min_(1e-12)
+    last = layers[-1].self_attn
+    stacked = layers[-1].layer_norm1(torch.cat(inputs))  # [layers, T, width]
+    values = _split(last, last.v_proj(stacked)).permute(1, 2, 0, 3).flatten(2)  # [heads, T, layers * size]
+    attended = (fused.to(values.dtype) @ values).unflatten(-1, (len(layers), -1))
+    maps = _merge(last, attended.permute(2, 0, 1, 3))
+    affinity = fused.mean(0)[1:, 1:]
     affinity.diagonal().add_(1e-12)  # a patch that attends to no other keeps its own map
     return maps, affinity / affinity.sum(-1, keepdim=True)
 
@@ -215,3 +245,4 @@ HEADS: dict[str, Callable[[nn.ModuleList, Tensor], tuple[Tensor, Tensor | None]]
     "cliper": _cliper,
 }
 """How the last layer is read, by name."""
+_WITHOUT_LAST_SCORES = ("maskclip", "cliper")

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from ._layers import attend, lay_out
+
+ENCODERS = ("vae", "taesd")
 
 
 @dataclass(frozen=True)
@@ -17,14 +21,15 @@ class DiffusionConfig:
 
     input_size: (rows, columns) of pixels, to which the whole image is resized. timestep: of the training schedule's
     1000, at which noise is added. taps: (up block, attention) of each self-attention layer that is read. noise_seed:
-    of the one noise
-    tensor that every frame gets. Raises ValueError.
+    of the one noise tensor that every frame gets. encoder: what makes the latent: "vae", the model's own, or "taesd",
+    a tiny stand-in for it, which changes the result. Raises ValueError.
     """
 
     input_size: tuple[int, int] = (512, 512)
     timestep: int = 100
     taps: tuple[tuple[int, int], ...] = ((3, 1), (3, 2))
     noise_seed: int = 0
+    encoder: str = "vae"
 
     def __post_init__(self) -> None:
         if not _whole(self.input_size, 2) or min(self.input_size) < 1:
@@ -38,6 +43,8 @@ class DiffusionConfig:
             raise ValueError(
                 f"taps are {self.taps}; they must be different (up block, attention) pairs in ascending order"
             )
+        if self.encoder not in ENCODERS:
+            raise ValueError(f"encoder {self.encoder!r} is unknown; choose one of {', '.join(ENCODERS)}")
 
 
 def _whole(values: object, count: int) -> bool:
@@ -77,143 +84,304 @@ class DiffusionTaps:
 
     def __init__(
         self,
-        vae: AutoencoderKL,
+        vae: AutoencoderKL | AutoencoderTiny,
         unet: UNet2DConditionModel,
         scheduler: dict,
         prompt: Tensor,
         config: DiffusionConfig,
     ) -> None:
-        """scheduler: its JSON. prompt: embedding of the empty prompt, [1, T, width], on the device.
+        """Take the two networks over: both are cut down to what is run, in place, and are of no other use afterwards.
 
-        Raises ValueError for taps that the U-Net does not have and for an input size that its down-sampling does not
-        divide.
+        vae: of the class that `config.encoder` names. scheduler: its JSON. prompt: embedding of the empty prompt,
+        [1, T, width], on the device and in the dtype of the networks.
+
+        Raises ValueError for taps that the U-Net does not have, for an input size that its down-sampling does not
+        divide, and for networks that do more than is read here.
         """
-        self.vae, self.unet, self.prompt, self.config = vae, unet, prompt, config
-        _check_plain(unet)
-        for block, attention in config.taps:
-            found = getattr(unet.up_blocks[block], "attentions", ()) if block < len(unet.up_blocks) else ()
-            if attention >= len(found):
-                raise ValueError(
-                    f"tap ({block}, {attention}) does not exist: this U-Net's up blocks have "
-                    f"{_attentions(unet)} attentions"
-                )
-        if len({block for block, _ in config.taps}) > 1:
-            raise ValueError(f"taps are {config.taps}; all must lie in one up block, so that they share a grid")
+        self.vae, self.unet, self.config = vae, unet, config
+        self.dtype = prompt.dtype
         self.cell = 2 ** (len(vae.config.block_out_channels) - 1)
         step = self.cell * 2 ** (len(unet.config.block_out_channels) - 1)
         if any(side % step for side in config.input_size):
             raise ValueError(
                 f"input_size is {config.input_size}; both sides must be multiples of {step} for this model"
             )
+        if isinstance(vae, AutoencoderTiny) != (config.encoder == "taesd"):
+            raise ValueError(f"encoder is {config.encoder!r} and the network is a {type(vae).__name__}; load the other")
+        if vae.config.latent_channels != unet.config.in_channels:
+            raise ValueError(
+                f"the encoder makes latents of {vae.config.latent_channels} channels and the U-Net takes "
+                f"{unet.config.in_channels}; take both from one model for text to image"
+            )
+        cut_encoder(vae)
+        cut_unet(unet, config.taps)
+        fix_unet(unet, config.timestep, prompt)
+        lay_out(vae)
+        lay_out(unet)
         self.signal, self.noise = noise_levels(scheduler, config.timestep)
         rows, columns = (side // self.cell for side in config.input_size)
-        coarser = 2 ** (len(unet.up_blocks) - 1 - config.taps[0][0])
+        coarser = 2 ** (len(unet.config.block_out_channels) - 1 - config.taps[0][0])
         self.grid = (rows // coarser, columns // coarser)
         generator = torch.Generator().manual_seed(config.noise_seed)
         noise = torch.randn((1, vae.config.latent_channels, rows, columns), generator=generator)
         self._noise = (self.noise * noise).to(prompt.device)
-        self._timestep = torch.tensor([config.timestep], device=prompt.device)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Q, K: [heads, N, D] in the network's dtype, of all taps; N tokens of `grid`.
 
         image: float32 [1, 3, H, W] in 0..1, RGB, on the model's device. The same image always gives the same result.
         """
-        Q, K = tapped_projections(self.unet, self.noisy_latent(image), self._timestep, self.prompt, self.config.taps)
+        Q, K = tapped_projections(self.unet, self.noisy_latent(image), self.config.taps)
         return Q[0], K[0]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def noisy_latent(self, image: Tensor) -> Tensor:
         """The image's latent at the timestep: [1, channels, h, w] in the network's dtype, `cell` pixels a side each."""
         pixels = F.interpolate(image, self.config.input_size, mode="bilinear", antialias=True, align_corners=False)
-        pixels = (2 * pixels - 1).to(self.prompt.dtype)
-        moments = self.vae.encoder(pixels)
-        if self.vae.quant_conv is not None:
-            moments = self.vae.quant_conv(moments)
-        latent = moments.chunk(2, dim=1)[0].float() * self.vae.config.scaling_factor  # the mean: nothing is sampled
-        return (self.signal * latent + self._noise).to(self.prompt.dtype)
+        pixels = (2 * pixels - 1).to(self.dtype, memory_format=torch.channels_last)
+        latent = encode(self.vae, pixels).float() * self.vae.config.scaling_factor
+        return (self.signal * latent + self._noise).to(self.dtype, memory_format=torch.channels_last)
 
+
+# --- what is left of the networks ---------------------------------------------------------------------------
 
 _BLOCKS = {"DownBlock2D", "CrossAttnDownBlock2D", "UNetMidBlock2DCrossAttn", "UpBlock2D", "CrossAttnUpBlock2D", None}
+_PLAIN = {
+    "act_fn": ("silu", "swish"),
+    "attention_type": ("default",),
+    "mid_block_scale_factor": (1,),
+    "resnet_out_scale_factor": (1,),
+    "resnet_time_scale_shift": ("default",),
+}
 _MORE = (
     "addition_embed_type",
     "center_input_sample",
     "class_embed_type",
+    "cross_attention_norm",
     "dual_cross_attention",
     "encoder_hid_dim",
     "encoder_hid_dim_type",
+    "mid_block_only_cross_attention",
     "num_class_embeds",
     "only_cross_attention",
+    "resnet_skip_time_act",
     "time_embedding_act_fn",
 )
 
 
-def _check_plain(unet: UNet2DConditionModel) -> None:
-    """Raise ValueError for a U-Net whose own forward does more than `tapped_projections`: its taps would be wrong."""
+def cut_encoder(vae: AutoencoderKL | AutoencoderTiny) -> None:
+    """Drop the decoder and the latent's variance, in place. Raises ValueError for an encoder that `encode` would run
+    wrongly."""
+    vae.decoder = None
+    if isinstance(vae, AutoencoderTiny):
+        return
+    vae.post_quant_conv = None
+    last, mean = vae.quant_conv or vae.encoder.conv_out, slice(vae.config.latent_channels)
+    last.weight = nn.Parameter(last.weight.detach()[mean].clone(), requires_grad=False)
+    last.bias = nn.Parameter(last.bias.detach()[mean].clone(), requires_grad=False)
+    more = [kind for kind in vae.config.down_block_types if kind != "DownEncoderBlock2D"]
+    more += [] if vae.config.act_fn in _PLAIN["act_fn"] else [f"act_fn = {vae.config.act_fn}"]
+    if more:
+        raise ValueError(f"this VAE has {', '.join(more)}, which is not supported; use Stable Diffusion's")
+
+
+def cut_unet(unet: UNet2DConditionModel, taps: Sequence[tuple[int, int]]) -> None:
+    """Drop all that lies behind the keys of the last tap, in place; also of a network on the meta device.
+
+    Raises ValueError for taps that the U-Net does not have and for a U-Net whose own forward does more than
+    `tapped_projections`, whose taps would be wrong.
+    """
     config = unet.config
     more = [f"{name} = {config[name]}" for name in _MORE if config.get(name) not in (None, False)]
+    more += [f"{name} = {config[name]}" for name, known in _PLAIN.items() if config.get(name, known[0]) not in known]
     blocks = {*config["down_block_types"], config["mid_block_type"], *config["up_block_types"]} - _BLOCKS
     if more or blocks:
         raise ValueError(
             f"this U-Net has {', '.join([*more, *sorted(blocks)])}, which is not supported; use one conditioned on "
             "the timestep and the prompt alone, as Stable Diffusion 1 and 2 are"
         )
+    counts = [len(getattr(block, "attentions", ())) for block in unet.up_blocks]
+    for block, place in taps:
+        if block >= len(counts) or place >= counts[block]:
+            raise ValueError(
+                f"tap ({block}, {place}) does not exist: this U-Net's up blocks have "
+                f"{', '.join(map(str, counts))} attentions"
+            )
+    if len({block for block, _ in taps}) > 1:
+        raise ValueError(f"taps are {tuple(taps)}; all must lie in one up block, so that they share a grid")
+    last, place = taps[-1]
+    unet.conv_norm_out = unet.conv_act = unet.conv_out = None
+    unet.up_blocks = unet.up_blocks[: last + 1]
+    block = unet.up_blocks[last]
+    block.resnets, block.attentions = block.resnets[: place + 1], block.attentions[: place + 1]
+    block.upsamplers = None
+    tapped = block.attentions[place]
+    tapped.proj_out, tapped.transformer_blocks = None, tapped.transformer_blocks[:1]
+    inner = tapped.transformer_blocks[0]
+    inner.attn2 = inner.norm2 = inner.norm3 = inner.ff = inner.attn1.to_v = inner.attn1.to_out = None
 
 
-def _attentions(unet: UNet2DConditionModel) -> str:
-    return ", ".join(str(len(getattr(block, "attentions", ()))) for block in unet.up_blocks)
+class _PromptAttention(nn.Module):
+    """Cross-attention to a prompt that does not change: its keys and values [1, heads, T, D] are worked out once."""
+
+    def __init__(self, attention: nn.Module, prompt: Tensor) -> None:
+        super().__init__()
+        self.heads, self.to_q, self.to_out = attention.heads, attention.to_q, attention.to_out
+        self.register_buffer("K", _split(attention.to_k(prompt), self.heads).contiguous())
+        self.register_buffer("V", _split(attention.to_v(prompt), self.heads).contiguous())
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        K, V = (x.expand(len(tokens), -1, -1, -1) for x in (self.K, self.V))
+        return _merge(self, attend(_split(self.to_q(tokens), self.heads), K, V))
+
+
+@torch.no_grad()
+def fix_unet(unet: UNet2DConditionModel, timestep: int, prompt: Tensor) -> None:
+    """Work out once, in place, what depends on the timestep and the prompt alone, and drop what it came from.
+
+    The timestep's share of a residual block goes into the bias of its first convolution. prompt: [1, T, width].
+    Raises ValueError for a U-Net that this was done to.
+    """
+    if unet.time_embedding is None:
+        raise ValueError("this U-Net was taken over before, for one timestep and one prompt; load it again")
+    steps = torch.tensor([timestep], device=prompt.device)
+    embedding = F.silu(unet.time_embedding(unet.time_proj(steps).to(prompt.dtype)))
+    for module in unet.modules():
+        if getattr(module, "time_emb_proj", None) is not None:
+            bias = module.conv1.bias + module.time_emb_proj(embedding)[0]
+            module.conv1.bias = nn.Parameter(bias, requires_grad=False)
+            module.time_emb_proj = None
+        if getattr(module, "attn2", None) is not None:
+            module.attn2 = _PromptAttention(module.attn2, prompt)
+    unet.time_embedding = unet.time_proj = None
+
+
+# --- the networks' own modules, run -------------------------------------------------------------------------
+
+
+def encode(vae: AutoencoderKL | AutoencoderTiny, pixels: Tensor) -> Tensor:
+    """The latent before its scaling, [B, channels, h, w]; of an AutoencoderKL the mean: nothing is sampled.
+
+    vae: after `cut_encoder`. pixels: [B, 3, H, W] in -1..1.
+    """
+    encoder = vae.encoder
+    if isinstance(vae, AutoencoderTiny):
+        return encoder(pixels)
+    hidden = encoder.conv_in(pixels)
+    for block in encoder.down_blocks:
+        for resnet in block.resnets:
+            hidden = run_resnet(resnet, hidden)
+        for downsampler in block.downsamplers or ():
+            hidden = downsampler(hidden)
+    middle = encoder.mid_block
+    hidden = run_resnet(middle.resnets[0], hidden)
+    for attention, resnet in zip(middle.attentions, middle.resnets[1:], strict=True):
+        if attention is not None:
+            tokens = _tokens(attention.group_norm(hidden))
+            hidden = _image(_self_attention(attention, tokens), hidden).add_(hidden)
+        hidden = run_resnet(resnet, hidden)
+    latent = encoder.conv_out(F.silu(encoder.conv_norm_out(hidden), inplace=True))
+    return latent if vae.quant_conv is None else vae.quant_conv(latent)
 
 
 def tapped_projections(
-    unet: UNet2DConditionModel,
-    latent: Tensor,
-    timestep: Tensor,
-    prompt: Tensor,
-    taps: Sequence[tuple[int, int]],
+    unet: UNet2DConditionModel, latent: Tensor, taps: Sequence[tuple[int, int]]
 ) -> tuple[Tensor, Tensor]:
     """Run the U-Net's own modules until the last tap and return its self-attention queries and keys.
 
-    latent: [B, channels, h, w]. timestep: int64 [1]. prompt: [B or 1, T, width]. taps: ascending (up block, attention).
-    Returns Q, K: [B, heads of all taps, h * w, D]. All taps must have the same tokens and head size.
+    unet: after `fix_unet`. latent: [B, channels, h, w]. taps: ascending (up block, attention) of one up block.
+    Returns Q, K: [B, heads of all taps, h * w, D].
     """
-    embedding = unet.time_embedding(unet.time_proj(timestep).to(latent.dtype)).expand(len(latent), -1)
-    prompt = prompt.expand(len(latent), -1, -1)
     hidden = unet.conv_in(latent)
     skips = [hidden]
     for block in unet.down_blocks:
-        arguments = {"encoder_hidden_states": prompt} if hasattr(block, "attentions") else {}
-        hidden, added = block(hidden, embedding, **arguments)
-        skips.extend(added)
+        for resnet, attention in _layers(block):
+            hidden = run_resnet(resnet, hidden)
+            if attention is not None:
+                hidden = _transformer(attention, hidden)
+            skips.append(hidden)
+        for downsampler in block.downsamplers or ():
+            hidden = downsampler(hidden)
+            skips.append(hidden)
     if unet.mid_block is not None:
-        arguments = {"encoder_hidden_states": prompt} if hasattr(unet.mid_block, "attentions") else {}
-        hidden = unet.mid_block(hidden, embedding, **arguments)
+        hidden = run_resnet(unet.mid_block.resnets[0], hidden)
+        for attention, resnet in zip(unet.mid_block.attentions, unet.mid_block.resnets[1:], strict=True):
+            hidden = run_resnet(resnet, _transformer(attention, hidden))
     read: list[tuple[Tensor, Tensor]] = []
     for index, block in enumerate(unet.up_blocks):
-        attentions = getattr(block, "attentions", (None,) * len(block.resnets))
-        for place, (resnet, attention) in enumerate(zip(block.resnets, attentions, strict=True)):
-            hidden = resnet(torch.cat([hidden, skips.pop()], dim=1), embedding)
+        for place, (resnet, attention) in enumerate(_layers(block)):
+            hidden = run_resnet(resnet, torch.cat([hidden, skips.pop()], dim=1))
             if (index, place) in taps:
                 read.append(_self_attention_projections(attention, hidden))
             if (index, place) == tuple(taps[-1]):
                 return torch.cat([q for q, _ in read], 1), torch.cat([k for _, k in read], 1)
             if attention is not None:
-                hidden = attention(hidden, encoder_hidden_states=prompt, return_dict=False)[0]
+                hidden = _transformer(attention, hidden)
         for upsampler in block.upsamplers or ():
             hidden = upsampler(hidden, tuple(skips[-1].shape[2:]))
-    raise ValueError(f"taps {tuple(taps)} are not all in this U-Net: its up blocks have {_attentions(unet)} attentions")
+    raise ValueError(f"taps {tuple(taps)} are not all in this U-Net, or it was cut down for others")
+
+
+def _layers(block: nn.Module) -> Iterator[tuple[nn.Module, nn.Module | None]]:
+    """A block's residual blocks, each with the transformer behind it."""
+    return zip(block.resnets, getattr(block, "attentions", (None,) * len(block.resnets)), strict=True)
+
+
+def run_resnet(resnet: nn.Module, hidden: Tensor) -> Tensor:
+    """A residual block whose share of the timestep lies in its bias. In place where memory is the cost."""
+    inner = resnet.conv1(F.silu(resnet.norm1(hidden), inplace=True))
+    inner = resnet.conv2(F.silu(resnet.norm2(inner), inplace=True))
+    return inner.add_(hidden if resnet.conv_shortcut is None else resnet.conv_shortcut(hidden))
+
+
+def _transformer(transformer: nn.Module, hidden: Tensor) -> Tensor:
+    """A spatial transformer of [B, channels, h, w]."""
+    tokens = _enter(transformer, hidden)
+    for block in transformer.transformer_blocks:
+        tokens = _self_attention(block.attn1, block.norm1(tokens)).add_(tokens)
+        tokens = block.attn2(block.norm2(tokens)).add_(tokens)
+        tokens = block.ff(block.norm3(tokens)).add_(tokens)
+    if transformer.use_linear_projection:
+        return _image(transformer.proj_out(tokens), hidden).add_(hidden)
+    return transformer.proj_out(_image(tokens, hidden)).add_(hidden)
 
 
 def _self_attention_projections(transformer: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """Q, K [B, heads, h * w, D] of a spatial transformer's first self-attention, for its input [B, channels, h, w]."""
+    block = transformer.transformer_blocks[0]
+    normed, attention = block.norm1(_enter(transformer, hidden)), block.attn1
+    return tuple(_split(project(normed), attention.heads) for project in (attention.to_q, attention.to_k))
+
+
+def _enter(transformer: nn.Module, hidden: Tensor) -> Tensor:
+    """[B, channels, h, w] -> the tokens [B, h * w, width] of a spatial transformer."""
     hidden = transformer.norm(hidden)
     if transformer.use_linear_projection:
-        tokens = transformer.proj_in(hidden.flatten(2).transpose(1, 2))
-    else:
-        tokens = transformer.proj_in(hidden).flatten(2).transpose(1, 2)
-    block = transformer.transformer_blocks[0]
-    normed, attention = block.norm1(tokens), block.attn1
-    return tuple(
-        project(normed).unflatten(-1, (attention.heads, -1)).transpose(1, 2)
-        for project in (attention.to_q, attention.to_k)
-    )
+        return transformer.proj_in(_tokens(hidden))
+    return _tokens(transformer.proj_in(hidden))
+
+
+def _self_attention(attention: nn.Module, tokens: Tensor) -> Tensor:
+    projections = (attention.to_q, attention.to_k, attention.to_v)
+    return _merge(attention, attend(*(_split(project(tokens), attention.heads) for project in projections)))
+
+
+def _tokens(image: Tensor) -> Tensor:
+    """[B, channels, h, w] -> [B, h * w, channels]: no copy where channels come last."""
+    return image.flatten(2).transpose(1, 2)
+
+
+def _image(tokens: Tensor, like: Tensor) -> Tensor:
+    """[B, h * w, channels] -> [B, channels, h, w], the inverse of `_tokens`."""
+    return tokens.transpose(1, 2).unflatten(2, like.shape[2:])
+
+
+def _split(projected: Tensor, heads: int) -> Tensor:
+    """[B, T, heads * D] -> [B, heads, T, D]."""
+    return projected.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def _merge(attention: nn.Module, attended: Tensor) -> Tensor:
+    """[B, heads, T, D] -> [B, T, width] through the output projection."""
+    return attention.to_out[0](attended.transpose(1, 2).flatten(2))

@@ -22,7 +22,7 @@ DENSE_BYTES = 2**29
 """A dense S is smaller than this: N < 11586 in float32, N < 16384 in float16."""
 KEEP_BYTES = 2**27
 """All heads' rows stay between the passes where they fit in this and a workspace is given."""
-CPU_CHUNK_BYTES = 2**22
+CPU_CHUNK_BYTES = 2**23
 """One head's rows in work at a time: within the cache, and few enough pieces that threads rarely meet."""
 CUDA_CHUNK_BYTES = 2**26
 HALF_SCALE = 4096.0
@@ -84,20 +84,20 @@ def head_entropies(affinity: Affinity, G: Tensor, rows_per_chunk: int | None = N
     totals = [G.new_zeros(()) for _ in range(affinity.heads)]
     if affinity.low_rank:
         for head in range(affinity.heads):
-            summary = linear(columns, affinity.right[head].t().contiguous())  # [C, N] [R, N]^T -> [C, R]
-            P1 = linear(affinity.left[head], summary)
-            totals[head] = _entropy_sum(P1 / P1.sum(-1, keepdim=True))  # G's rows sum to 1, so these to the mass
+            summary = linear(columns, affinity.right[head].t())  # [C, N] [R, N]^T -> [C, R]
+            P1 = linear(summary, affinity.left[head])  # [C, R] [N, R]^T -> [C, N]
+            totals[head] = _entropy_sum(P1 / P1.sum(0))  # G's rows sum to 1, so these to the mass
     else:
         for rows in row_chunks(affinity, rows_per_chunk):
             for head in range(affinity.heads):
                 A, mass = affinity.rows(head, rows)
-                P1 = linear(A, columns)  # [B, N] [C, N]^T -> [B, C]
-                totals[head] = totals[head] + _entropy_sum(P1 if mass is None else P1 / mass[:, None])
+                P1 = linear(columns, A)  # [C, N] [B, N]^T -> [C, B]
+                totals[head] = totals[head] + _entropy_sum(P1 if mass is None else P1 / mass)
     return torch.stack(totals) / affinity.tokens
 
 
 def _entropy_sum(P: Tensor) -> Tensor:
-    """Sum over tokens of -sum_c p ln p, for P [B, C]; what `raw` leaves below 0 counts as 0."""
+    """Sum over tokens of -sum_c p ln p, for P [C, B]; what `raw` leaves below 0 counts as 0."""
     return torch.special.entr(P.clamp_min(0)).sum()
 
 
@@ -189,20 +189,27 @@ class DenseFused:
 
 
 class LowRank:
-    """S as the stacked factors of all heads, U V^T, and the stencil: linear in N."""
+    """S as the heads' factors, sum_h diag(scale_h) left_h right_h^T, and the stencil: linear in N."""
 
     name = "low rank"
 
     def __init__(self, affinity: Affinity, shares: Tensor, beta: float, stencil: Tensor | None) -> None:
         """affinity: of a low-rank kernel. shares, stencil: as for `DenseFused`."""
-        left = affinity.left * (beta * shares / affinity.mass()).unsqueeze(-1)
-        self.U = left.transpose(0, 1).reshape(affinity.tokens, -1).contiguous()  # [N, H R]
-        self.V_columns = affinity.right.transpose(1, 2).reshape(-1, affinity.tokens).contiguous()  # [H R, N]
+        self.left, self.right = affinity.left, affinity.right  # [H, N, R]: copies would cost more than the walk
+        self.scale = beta * shares / affinity.mass()  # [H, N]
         self.stencil = None if stencil is None else (1 - beta) * stencil
         self.grid = affinity.grid
 
     def apply(self, X: Tensor) -> Tensor:
-        product = linear(linear(X.t().contiguous(), self.V_columns), self.U).t()  # [C, N] -> [C, H R] -> [C, N]
+        columns = X.t().contiguous()  # [C, N]
+        if X.is_cuda:  # few launches
+            summaries = columns @ self.right  # [H, C, R]
+            product = ((summaries @ self.left.mT) * self.scale.unsqueeze(1)).sum(0).t()
+        else:
+            out = torch.zeros_like(columns)
+            for left, right, scale in zip(self.left, self.right, self.scale, strict=True):
+                out.addcmul_(linear(linear(columns, right.t()), left), scale)  # [C, N] -> [C, R] -> [C, N]
+            product = out.t()
         return product if self.stencil is None else product + _grid.apply_stencil(self.stencil, X, self.grid)
 
 
@@ -247,20 +254,23 @@ class LocalOnly:
         return _grid.apply_stencil(self.stencil, X, self.grid)
 
 
+COLUMNS = 21 * 16
+"""Columns that S is applied to in all where nothing is said of it: 21 queries, 16 steps."""
 OPERATORS = ("auto", "dense fused", "low rank", "chunked", "local")
 
 
-def choose_operator(affinity: Affinity, beta: float, storage: torch.dtype) -> str:
-    """The form of S, by kernel, N and memory.
+def choose_operator(affinity: Affinity, beta: float, storage: torch.dtype, columns: int) -> str:
+    """The form of S, by kernel, N, memory and work.
 
-    "local" where beta is 0; "low rank" where the kernel is and 2 H R <= N, so that a step costs no more
-    than a dense one; "dense fused" where S stays below `DENSE_BYTES`; else "low rank" where the kernel is;
-    else "chunked".
+    columns: how many columns S will be applied to in all, C a step. "local" where beta is 0; "low rank" where the
+    kernel is and its 4 N H R a column cost no more than a dense S, 2 N^2 H R to build and 2 N^2 a column; "dense
+    fused" where S stays below `DENSE_BYTES`; else "low rank" where the kernel is; else "chunked".
     """
     if beta == 0:
         return "local"
     heads, tokens, rank = affinity.left.shape
-    if affinity.low_rank and 2 * heads * rank <= tokens:
+    factors = heads * rank
+    if affinity.low_rank and 2 * factors * columns <= tokens * (factors + columns):
         return "low rank"
     if tokens * tokens * storage.itemsize < DENSE_BYTES:
         return "dense fused"
@@ -273,15 +283,16 @@ def build_transition(
     config: FusionConfig,
     *,
     operator: str = "auto",
+    columns: int = COLUMNS,
     storage: torch.dtype | None = None,
     rows_per_chunk: int | None = None,
     workspace: Workspace | None = None,
 ) -> Transition:
     """S from the heads' affinities and their weights [H], sum 1 (Eq. 2, and 22 or 15 by `config.combine`).
 
-    operator: one of `OPERATORS`; "auto" is `choose_operator`. storage: dtype of a dense S; None is float16
-    on CUDA and the computing dtype elsewhere. workspace: where a dense S is held. Raises ValueError for an
-    operator that does not fit.
+    operator: one of `OPERATORS`; "auto" is `choose_operator`, by `columns`. storage: dtype of a dense S; None is
+    float16 on CUDA and the computing dtype elsewhere. workspace: where a dense S is held. Raises ValueError for
+    an operator that does not fit.
     """
     if operator not in OPERATORS:
         raise ValueError(f"operator {operator!r} is unknown; choose one of {', '.join(OPERATORS)}")
@@ -289,7 +300,7 @@ def build_transition(
     if storage is None:
         storage = torch.float16 if affinity.left.is_cuda and computing == torch.float32 else computing
     if operator == "auto":
-        operator = choose_operator(affinity, config.beta, storage)
+        operator = choose_operator(affinity, config.beta, storage, columns)
     if operator == "low rank" and not affinity.low_rank:
         raise ValueError(f"kernel {affinity.config.kernel!r} is not low rank; choose dense fused or chunked")
     if operator == "local" and config.beta != 0:
@@ -330,6 +341,7 @@ def fuse(
     fusion: FusionConfig,
     *,
     operator: str = "auto",
+    columns: int = COLUMNS,
     storage: torch.dtype | None = None,
     rows_per_chunk: int | None = None,
     workspace: Workspace | None = None,
@@ -338,7 +350,7 @@ def fuse(
 
     G: float32 or float64, which is the computing dtype. workspace: keeps large tensors from frame to frame,
     and within a frame all heads' rows for the second pass where they take at most `KEEP_BYTES`. operator,
-    storage, rows_per_chunk: see `build_transition`. Raises ValueError.
+    columns, storage, rows_per_chunk: see `build_transition`. Raises ValueError.
     """
     heads, tokens, single = Q.shape[0], Q.shape[1], fusion.single_head
     if single is not None:
@@ -358,6 +370,7 @@ def fuse(
         weights,
         fusion,
         operator=operator,
+        columns=columns,
         storage=storage,
         rows_per_chunk=rows_per_chunk,
         workspace=workspace,

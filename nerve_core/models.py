@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from torch import Tensor
-from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from diffusers.models.resnet import ResnetBlock2D
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
+from ._layers import lay_out
+from .dense_clip import run_layer
+from .diffusion import cut_unet, run_resnet
 from .pairs import ModelError, Source
-from .weights import CLIP_FILES, CLIP_NEEDED, DIFFUSION_FILES, DIFFUSION_NEEDED, identity, local_folder
+from .settings import Settings
+from .text import empty_prompt, load_tokenizer
+from .text_cache import EmbeddingCache
+from .weights import CLIP_FILES, DIFFUSION_FILES, HALF, TAESD_FILES, identity, local_folder, weight_file
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -30,9 +43,9 @@ class LoadedClip:
 
 @dataclass(frozen=True)
 class LoadedDiffusion:
-    """The VAE (without its decoder), the U-Net, the scheduler's JSON and the empty prompt's embedding [1, T, width]."""
+    """An encoder, the U-Net as far as its taps need it, the scheduler's JSON and the empty prompt [1, T, width]."""
 
-    vae: AutoencoderKL
+    vae: AutoencoderKL | AutoencoderTiny
     unet: UNet2DConditionModel
     scheduler: dict[str, Any]
     prompt: Tensor
@@ -43,74 +56,168 @@ def load_clip(
 ) -> LoadedClip:
     """Load a CLIP from safetensors. Raises ModelError."""
     folder = local_folder(source, CLIP_FILES, cache_dir=cache_dir, offline=offline)
-    with _as_model_error("CLIP", folder, CLIP_NEEDED):
-        options = {"dtype": dtype, "use_safetensors": True, "local_files_only": True, "output_loading_info": True}
-        model = _complete(CLIPModel.from_pretrained(folder, **options))
-        tokenizer = _tokenizer(folder)
-        known_by = f"{identity(folder, 'model.safetensors')}:{dtype}"
+    with _as_model_error("CLIP", folder):
+        weights = weight_file(folder, "model", half=dtype == torch.float16)
+        model, info = CLIPModel.from_pretrained(
+            folder,
+            dtype=dtype,
+            variant="fp16" if weights.name.endswith(f"{HALF}.safetensors") else None,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+        missing = sorted(info["missing_keys"])
+        if missing:
+            raise ValueError(f"{weights} lacks {len(missing)} tensors, such as {missing[0]}")
+        tokenizer = load_tokenizer(folder)
+        known_by = f"{identity(folder, weights.name)}:{dtype}"
     model.set_attn_implementation("sdpa")
     return LoadedClip(model.to(device).eval().requires_grad_(False), tokenizer, known_by)
 
 
 def load_diffusion(
-    source: Source, device: torch.device, dtype: torch.dtype, *, cache_dir: str | None, offline: bool
+    source: Source,
+    device: torch.device,
+    dtype: torch.dtype,
+    taps: Sequence[tuple[int, int]],
+    *,
+    cache_dir: str | None,
+    offline: bool,
+    embeddings: EmbeddingCache | None = None,
+    taesd: Source | None = None,
 ) -> LoadedDiffusion:
-    """Load the VAE's encoder, the U-Net and the empty prompt's embedding from safetensors. Raises ModelError."""
+    """Load an encoder, the U-Net up to its last tap and the empty prompt's embedding from safetensors.
+
+    Nothing else is read, and one tensor at a time, so that little more memory is needed than what stays. taps: (up
+    block, attention), ascending. embeddings: where the empty prompt's embedding is kept, or None. taesd: a tiny encoder
+    to take instead of the model's own.
+    Raises ModelError, and ValueError for taps that the U-Net does not have or a network that is not supported.
+    """
     folder = local_folder(source, DIFFUSION_FILES, cache_dir=cache_dir, offline=offline)
-    with _as_model_error("the diffusion model", folder, DIFFUSION_NEEDED):
-        options = {
-            "torch_dtype": dtype,
-            "use_safetensors": True,
-            "local_files_only": True,
-            "output_loading_info": True,
-        }
-        vae = _complete(AutoencoderKL.from_pretrained(folder, subfolder="vae", **options))
-        unet = _complete(UNet2DConditionModel.from_pretrained(folder, subfolder="unet", **options))
+    half = dtype == torch.float16
+    with _as_model_error("the diffusion model", folder):
+        prompt = empty_prompt(folder, device=device, dtype=dtype, cache=embeddings)  # first: its encoder goes again
         scheduler = json.loads((folder / "scheduler/scheduler_config.json").read_text())
-        prompt = _empty_prompt(folder, device, dtype)
-    vae.decoder = None  # nothing is decoded
-    layout = torch.channels_last
-    vae = vae.to(device, memory_format=layout).eval().requires_grad_(False)
-    unet = unet.to(device, memory_format=layout).eval().requires_grad_(False)
+        unet = _described(UNet2DConditionModel, folder / "unet")
+    cut_unet(unet, taps)
+    with _as_model_error("the diffusion model", folder):
+        if taesd is None:
+            vae = _described(AutoencoderKL, folder / "vae")
+            vae.decoder = vae.post_quant_conv = None
+            _read(vae, weight_file(folder, "vae/diffusion_pytorch_model", half=half), device, dtype)
+        _read(unet, weight_file(folder, "unet/diffusion_pytorch_model", half=half), device, dtype)
+    if taesd is not None:
+        tiny = local_folder(taesd, TAESD_FILES, cache_dir=cache_dir, offline=offline)
+        with _as_model_error("the tiny encoder", tiny):
+            vae = _described(AutoencoderTiny, tiny)
+            vae.decoder = None
+            _read(vae, weight_file(tiny, "diffusion_pytorch_model", half=half), device, dtype)
     return LoadedDiffusion(vae, unet, scheduler, prompt)
 
 
 @torch.inference_mode()
-def _empty_prompt(folder: Path, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The text encoder's last hidden state for "", padded as in training; the encoder is not kept."""
-    options = {"dtype": dtype, "use_safetensors": True, "local_files_only": True, "output_loading_info": True}
-    encoder = _complete(CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", **options))
-    tokenizer = _tokenizer(folder / "tokenizer")
-    length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
-    tokens = tokenizer("", padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-    return encoder.to(device).eval()(input_ids=tokens.input_ids.to(device)).last_hidden_state
+def bfloat16_is_faster(
+    clip: Source, diffusion: Source, settings: Settings, *, cache_dir: str | None, offline: bool
+) -> bool:
+    """Whether the networks of a pair are faster in bfloat16 than in float32 on this CPU, with the threads set.
+
+    Where there are `bfloat16_kernels`, a residual block of the U-Net, a strip of one of the VAE and a
+    layer of CLIP, at the size that a 4:3 image gives them, are run in both by turns: less than a second in all.
+    Raises ModelError.
+    """
+    if not bfloat16_kernels():
+        return False
+    folder = local_folder(diffusion, DIFFUSION_FILES, cache_dir=cache_dir, offline=offline)
+    with _as_model_error("the diffusion model", folder):
+        unet, vae = (json.loads((folder / part / "config.json").read_text()) for part in ("unet", "vae"))
+        (rows, columns), cell = settings.diffusion.input_size, 2 ** (len(vae["block_out_channels"]) - 1)
+        tried = [
+            _residual_block(vae, (max(1, rows // 16), columns)),
+            _residual_block(unet, (rows // cell, columns // cell)),
+        ]
+    folder = local_folder(clip, CLIP_FILES, cache_dir=cache_dir, offline=offline)
+    with _as_model_error("CLIP", folder):
+        vision = CLIPConfig.from_pretrained(folder, local_files_only=True).vision_config
+        side = max(1, settings.clip.short_side // vision.patch_size)
+        tokens = torch.ones(1, 1 + side * (4 * side // 3), vision.hidden_size)
+        with torch.device("meta"):
+            layer = CLIPEncoderLayer(vision)
+        tried.append((run_layer, _of_one_value(layer), tokens))
+    seconds = {torch.float32: 0.0, torch.bfloat16: 0.0}
+    for run, layer, x in tried:
+        sides = {dtype: (lay_out(copy.deepcopy(layer).to(dtype)), x.to(dtype)) for dtype in seconds}
+        times: dict[torch.dtype, list[float]] = {dtype: [] for dtype in seconds}
+        for _ in range(3):  # by turns, and the least counts: the first is slower, and other programs may run
+            for dtype, arguments in sides.items():
+                started = time.perf_counter()
+                run(*arguments)
+                times[dtype].append(time.perf_counter() - started)
+        for dtype in seconds:
+            seconds[dtype] += min(times[dtype])
+    return seconds[torch.bfloat16] < seconds[torch.float32]
 
 
-def _tokenizer(folder: Path) -> CLIPTokenizer:
-    """A folder's tokenizer; FileNotFoundError without its files, where transformers makes one that knows no word."""
-    files = [name for name in ("tokenizer.json", "vocab.json", "merges.txt") if (folder / name).is_file()]
-    if "tokenizer.json" not in files and len(files) < 2:
-        raise FileNotFoundError(f"{folder} has neither tokenizer.json nor vocab.json and merges.txt")
-    return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+def bfloat16_kernels() -> bool:
+    """Whether PyTorch has bfloat16 kernels for this processor; on some they are no faster than float32."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def _complete(loaded: tuple[Any, Mapping[str, Any]]) -> Any:
-    """A model as loaded with `output_loading_info`; ValueError where its file lacks weights, which are then random."""
-    model, info = loaded
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise ValueError(f"its weights lack {len(missing)} tensors, such as {missing[0]}")
-    return model
+def _residual_block(config: dict[str, Any], grid: tuple[int, int]) -> tuple[Callable, nn.Module, Tensor]:
+    """How to run it, the first residual block of a U-Net or VAE and an input of (rows, columns)."""
+    channels = config["block_out_channels"][0]
+    with torch.device("meta"):
+        block = ResnetBlock2D(in_channels=channels, temb_channels=None, groups=config["norm_num_groups"])
+    image = torch.ones(1, channels, *grid).contiguous(memory_format=torch.channels_last)
+    return run_resnet, _of_one_value(block), image
+
+
+def _of_one_value(network: nn.Module) -> nn.Module:
+    """A network without memory with all weights set: what they are has no part in how long it takes."""
+    network = network.to_empty(device="cpu").eval().requires_grad_(False)
+    for parameter in network.parameters():
+        parameter.fill_(0.01)
+    return network
+
+
+def _described(kind: type[Network], folder: Path) -> Network:
+    """The network that a folder's config.json describes, without memory for its weights."""
+    with torch.device("meta"):
+        return kind.from_config(json.loads((folder / "config.json").read_text())).eval()
+
+
+def _read(network: nn.Module, file: Path, device: torch.device, dtype: torch.dtype) -> None:
+    """Give a network without memory its weights from a safetensors file. Raises ValueError for a file without them."""
+    try:
+        with safe_open(file, "pt") as stored:
+            shapes = {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118
+        for name, parameter in list(network.named_parameters()):
+            key = name if name in shapes else _older(name)
+            if key not in shapes:
+                raise ValueError(f"{file} has no tensor {name}")
+            shape = tuple(parameter.shape)
+            if shapes[key] not in (shape, (*shape, 1, 1)):  # a linear layer may be stored as a convolution of one pixel
+                raise ValueError(
+                    f"{file} has {key} of shape {list(shapes[key])} where config.json asks for {list(shape)}"
+                )
+            with safe_open(file, "pt") as stored:  # opened for each, or all that was read would stay mapped
+                tensor = stored.get_tensor(key).view(shape).to(device, dtype, copy=True)
+            place, _, last = name.rpartition(".")
+            setattr(network.get_submodule(place), last, nn.Parameter(tensor, requires_grad=False))
+    except SafetensorError as error:
+        raise ValueError(f"{file} is cut off or no safetensors file ({error})") from error
+
+
+def _older(name: str) -> str:
+    """The name that a VAE's attention weights had before diffusers 0.18."""
+    head, middle, tail = name.rpartition("mid_block.attentions.0.")
+    for new, old in (("to_q.", "query."), ("to_k.", "key."), ("to_v.", "value."), ("to_out.0.", "proj_attn.")):
+        tail = tail.replace(new, old)
+    return head + middle + tail
 
 
 @contextlib.contextmanager
-def _as_model_error(what: str, folder: Path, needed: Sequence[str]) -> Iterator[None]:
+def _as_model_error(what: str, folder: Path) -> Iterator[None]:
     """Turn a missing file or a loading library's exception into a ModelError with the folder and the remedy."""
-    missing = [name for name in needed if not (folder / name).is_file()]
-    if missing:
-        note = "only safetensors weights are loaded (a .bin or .ckpt must be converted first)"
-        remedy = note if missing[0].endswith(".safetensors") else "fetch it again or name another folder"
-        raise ModelError(f"{what} in {folder} cannot be loaded: it has no {', '.join(missing)}; {remedy}")
     try:
         yield
     except Exception as error:  # the libraries raise many kinds; all mean that the folder does not hold the model

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 _HERE = Path(__file__).parent
+_FULL_SIZE = "sd21-clipl14"  # whose settings a pair named as CLIP+DIFFUSION gets
+CPU_PRECISIONS = ("fp32", "bf16")
 
 
 class ModelError(RuntimeError):
@@ -16,23 +20,45 @@ class ModelError(RuntimeError):
 
 @dataclass(frozen=True)
 class Source:
-    """Where one model comes from: a local folder, or a hub id with a revision."""
+    """Where one model comes from: a local folder, or a hub id with a revision.
+
+    licence: the word its publisher uses, if known. sha256: hexadecimal digests by file, as far as they are recorded.
+    """
 
     location: str
     revision: str | None = None
+    licence: str | None = None
+    sha256: Mapping[str, str] = field(default_factory=dict, hash=False)
+
+    @property
+    def on_hub(self) -> bool:
+        """Whether the location is no folder but reads as a hub id, owner/name."""
+        return not Path(self.location).is_dir() and _is_hub_id(self.location)
+
+    def __str__(self) -> str:
+        return self.location if self.revision is None else f"{self.location}@{self.revision}"
 
 
 @dataclass(frozen=True)
 class ModelPair:
     """A CLIP and a diffusion model that go together, and the settings that suit them.
 
-    settings: overrides by flat name, see `Settings.replaced`.
+    settings: overrides by flat name, see `Settings.replaced`. cpu_precision: fp32 or bf16, what to take on a CPU that
+    has it. taesd: a tiny VAE encoder that may stand in for the diffusion model's own, or None.
     """
 
     name: str
     clip: Source
     diffusion: Source
     settings: dict[str, Any] = field(default_factory=dict)
+    cpu_precision: str = "fp32"
+    taesd: Source | None = None
+
+    @property
+    def sources(self) -> dict[str, Source]:
+        """The pair's models by part: clip, diffusion and, where there is one, taesd."""
+        parts = {"clip": self.clip, "diffusion": self.diffusion, "taesd": self.taesd}
+        return {part: source for part, source in parts.items() if source is not None}
 
 
 def pair_names() -> tuple[str, ...]:
@@ -41,9 +67,10 @@ def pair_names() -> tuple[str, ...]:
 
 
 def find_pair(name: str) -> ModelPair:
-    """A pair by name, or from a folder that holds pair.json with `clip` and `diffusion` (folders beside it, or hub
-    ids).
+    """A pair by name, from a folder that holds a pair.json, or as CLIP+DIFFUSION.
 
+    In a pair.json `clip` and `diffusion` are folders beside it or hub ids. Either side of CLIP+DIFFUSION is a folder or
+    a hub id, which may carry a revision (owner/name@revision); such a pair has the full-size pairs' settings.
     Raises ModelError.
     """
     if name == "embedded":
@@ -52,24 +79,83 @@ def find_pair(name: str) -> ModelPair:
         path = _HERE / "pairs" / f"{name}.json"
     else:
         path = Path(name).expanduser() / "pair.json"
-    if not path.is_file():
+    if path.is_file():
+        return _read(path)
+    sides = name.split("+")
+    if len(sides) == 2 and all(sides):
+        clip, diffusion = (_side(side, name) for side in sides)
+        return replace(_read(_HERE / "pairs" / f"{_FULL_SIZE}.json"), name=name, clip=clip, diffusion=diffusion)
+    raise ModelError(
+        f"model {name!r} is neither a known pair ({', '.join(pair_names())}) nor a folder with a pair.json "
+        f"(looked for {path}) nor CLIP+DIFFUSION, each a folder or a hub id (owner/name)"
+    )
+
+
+def _side(text: str, name: str) -> Source:
+    """One side of CLIP+DIFFUSION."""
+    folder = Path(text).expanduser()
+    if folder.is_dir():
+        return Source(str(folder))
+    location, _, revision = text.partition("@")
+    if not _is_hub_id(location):
         raise ModelError(
-            f"model {name!r} is neither a known pair ({', '.join(pair_names())}) nor a folder with a pair.json "
-            f"(looked for {path})"
+            f"{text!r} in model {name!r} is neither a folder nor a hub id; write CLIP+DIFFUSION, each a folder that "
+            "is there or owner/name, or owner/name@revision"
         )
+    return Source(location, revision or None)
+
+
+def _is_hub_id(text: str) -> bool:
+    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", text, re.ASCII) is not None
+
+
+def _read(path: Path) -> ModelPair:
+    """The pair that a JSON file describes. Raises ModelError."""
     try:
         content = json.loads(path.read_text())
-        sources = {part: _source(content[part], path.parent) for part in ("clip", "diffusion")}
-        settings = dict(content.get("settings", {}))
+        known = {"name", "clip", "diffusion", "settings", "cpu_precision", "taesd"}
+        _only(content, known)
+        pair = ModelPair(
+            _text(content, "name", path.parent.name),
+            _source(content["clip"], path.parent),
+            _source(content["diffusion"], path.parent),
+            dict(content.get("settings", {})),
+            _text(content, "cpu_precision", "fp32"),
+            None if content.get("taesd") is None else _source(content["taesd"], path.parent),
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(
             f"{path} is not a pair description: it must be JSON with clip.location and diffusion.location ({error!r})"
         ) from error
-    return ModelPair(content.get("name", path.parent.name), sources["clip"], sources["diffusion"], settings)
+    if pair.cpu_precision not in CPU_PRECISIONS:
+        raise ModelError(
+            f"{path}: cpu_precision is {pair.cpu_precision!r}; it must be one of {', '.join(CPU_PRECISIONS)}"
+        )
+    return pair
 
 
 def _source(content: Any, beside: Path) -> Source:
     """A part of a pair description: a folder, relative ones beside the description, or else a hub id (owner/name)."""
-    location, folder = content["location"], beside / content["location"]
+    _only(content, {"location", "revision", "licence", "sha256"})
+    digests = content.get("sha256", {})
+    if not all(re.fullmatch("[0-9a-f]{64}", digest) for digest in digests.values()):
+        raise ValueError("sha256 must map files to 64 hexadecimal digits in lower case")
+    location = content["location"]
+    folder = beside / location
     local = folder.is_dir() or location.count("/") != 1
-    return Source(str(folder) if local else location, content.get("revision"))
+    return Source(
+        str(folder) if local else location, _text(content, "revision", None), _text(content, "licence", None), digests
+    )
+
+
+def _only(content: Any, known: set[str]) -> None:
+    unknown = sorted(content.keys() - known)
+    if unknown:
+        raise ValueError(f"unknown {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+
+
+def _text(content: dict[str, Any], key: str, default: Any) -> Any:
+    value = content.get(key, default)
+    if value is not default and not isinstance(value, str):
+        raise TypeError(f"{key} is {value!r}; it must be text")
+    return value

@@ -25,12 +25,15 @@ class WalkConfig:
     """How far the walk goes.
 
     method: "fixed_point", "truncated" (Eq. 16) or "exact" (Eq. 3). alpha: probability of going on, 0 <=
-    alpha < 1. steps: L, the number of products with S, >= 0; `exact` needs none. Raises ValueError.
+    alpha < 1. steps: L, the number of products with S, >= 0; `exact` needs none. previous_frame_start: let
+    `fixed_point` start from the previous frame's P instead of G, where there is one; the limit is the same, what is
+    reached in `steps` is not. Raises ValueError.
     """
 
     method: str = "fixed_point"
     alpha: float = 0.85
     steps: int = 16
+    previous_frame_start: bool = False
 
     def __post_init__(self) -> None:
         if self.method not in ("fixed_point", "truncated", "exact"):
@@ -39,6 +42,8 @@ class WalkConfig:
         _check_alpha(self.alpha)
         if not isinstance(self.steps, int) or isinstance(self.steps, bool) or self.steps < 0:
             raise ValueError(f"steps is {self.steps!r}; it must be a whole number >= 0")
+        if self.previous_frame_start and self.method != "fixed_point":
+            raise ValueError(f"previous_frame_start is for the fixed_point walk, not for {self.method}")
 
 
 def _check_alpha(alpha: float) -> None:
@@ -83,19 +88,22 @@ def truncated(S: Transition, G: Tensor, alpha: float, steps: int) -> Tensor:
     return P / (1 - alpha ** (steps + 1))
 
 
-def fixed_point(S: Transition, G: Tensor, alpha: float, steps: int) -> Tensor:
+def fixed_point(S: Transition, G: Tensor, alpha: float, steps: int, start: Tensor | None = None) -> Tensor:
     """x <- (1 - alpha) G + alpha S x from x = G, `steps` times (Eq. 19): each iterate is stochastic.
 
-    The limit is Eq. 3's; a row is within 2 alpha^(L+1) of it in L1. G: [N, C].
+    The limit is Eq. 3's, whatever the start; from G a row is within 2 alpha^(L+1) of it in L1. G: [N, C]. start:
+    [N, C], rows are distributions: x begins there instead of at G, and a row ends within 2 alpha^L of the limit.
     """
-    return _fixed_point_pair(S, G, alpha, steps)[0]
+    return _fixed_point_pair(S, G, alpha, steps, start)[0]
 
 
-def _fixed_point_pair(S: Transition, G: Tensor, alpha: float, steps: int) -> tuple[Tensor, Tensor]:
+def _fixed_point_pair(
+    S: Transition, G: Tensor, alpha: float, steps: int, start: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """The last iterate and the one before."""
     G = _column_wise(G)
     restart = (1 - alpha) * G
-    x = previous = G
+    x = previous = G if start is None else _column_wise(start)
     for _ in range(steps):
         previous, x = x, torch.add(restart, S.apply(x), alpha=alpha)
     return x, previous
@@ -153,13 +161,13 @@ def gmres(
     raise RuntimeError(f"GMRES missed {tolerance} after {cycles} restarts; lower alpha or use fixed_point")
 
 
-def walk_from(S: Transition, G: Tensor, config: WalkConfig) -> Tensor:
-    """P [N, C]: the walk of `config` from G [N, C]."""
+def walk_from(S: Transition, G: Tensor, config: WalkConfig, start: Tensor | None = None) -> Tensor:
+    """P [N, C]: the walk of `config` from G [N, C]; start: see `fixed_point`, which alone takes one."""
     if config.method == "exact":
         return exact(S, G, config.alpha)
     if config.method == "truncated":
         return truncated(S, G, config.alpha, config.steps)
-    return fixed_point(S, G, config.alpha, config.steps)
+    return fixed_point(S, G, config.alpha, config.steps, start)
 
 
 @dataclass(frozen=True)
@@ -194,6 +202,7 @@ def refine(
     fusion: FusionConfig | None = None,
     walk: WalkConfig | None = None,
     *,
+    previous: Tensor | None = None,
     rows_per_chunk: int | None = None,
     operator: str = "auto",
     storage: torch.dtype | None = None,
@@ -205,7 +214,8 @@ def refine(
 
     Q, K: [H, N, D] of any float dtype. G: [N, C], rows are distributions. grid: (rows, columns), rows *
     columns = N. All on one device. Computes in float32; in float64 where one of them is float64 or the walk
-    is `exact`. rows_per_chunk, operator, storage, workspace: see `fuse`. validate: check that Q and K are
+    is `exact`. previous: the previous frame's P [N, C], where `walk.previous_frame_start` is set; None for the first
+    frame. rows_per_chunk, operator, storage, workspace: see `fuse`. validate: check that Q and K are
     finite and that G's rows are distributions; None does so on the CPU only, since it waits for the device.
     residual: bound the distance to the infinite walk too (`fixed_point` only). Raises ValueError.
     """
@@ -215,26 +225,30 @@ def refine(
         _check_values(Q, K, G)
     if residual and walk.method != "fixed_point":
         raise ValueError(f"residual is a bound for the fixed_point walk, not for {walk.method}")
+    if previous is not None:
+        _check_previous(previous, G, walk)
     wide = walk.method == "exact" or torch.float64 in (Q.dtype, K.dtype, G.dtype)
-    start = G.to(torch.float64 if wide else torch.float32)
+    source = G.to(torch.float64 if wide else torch.float32)
+    start = None if previous is None else previous.to(source.dtype)
     fused = fuse(
         Q,
         K,
-        start,
+        source,
         grid,
         affinity,
         fusion,
         operator=operator,
+        columns=G.shape[0] if walk.method == "exact" else G.shape[1] * walk.steps,
         storage=storage,
         rows_per_chunk=rows_per_chunk,
         workspace=workspace,
     )
     bound = None
     if residual:
-        P, previous = _fixed_point_pair(fused.transition, start, walk.alpha, walk.steps)
+        P, previous = _fixed_point_pair(fused.transition, source, walk.alpha, walk.steps, start)
         bound = residual_bound(walk.alpha, P, previous)
     else:
-        P = walk_from(fused.transition, start, walk)
+        P = walk_from(fused.transition, source, walk, start)
     P = P.to(torch.float64 if G.dtype == torch.float64 else torch.float32).contiguous()
     return Refinement(P, fused.weights, fused.entropies, fused.transition.name, bound)
 
@@ -250,6 +264,15 @@ def _check_shapes(Q: Tensor, K: Tensor, G: Tensor) -> None:
         raise ValueError(f"Q, K and G must be floating point; got {Q.dtype}, {K.dtype} and {G.dtype}")
     if not Q.device == K.device == G.device:
         raise ValueError(f"Q, K and G must be on one device; got {Q.device}, {K.device} and {G.device}")
+
+
+def _check_previous(previous: Tensor, G: Tensor, walk: WalkConfig) -> None:
+    """Raise unless the walk asks for the previous frame's P, and it speaks of the same tokens and queries."""
+    if not walk.previous_frame_start:
+        raise ValueError("a previous P was given, but previous_frame_start is off; set it, or leave previous out")
+    if previous.shape != G.shape or previous.device != G.device or not previous.is_floating_point():
+        what = f"{previous.dtype} {list(previous.shape)} on {previous.device}"
+        raise ValueError(f"previous must be floating point {list(G.shape)} on {G.device}, as G is; got {what}")
 
 
 def _check_values(Q: Tensor, K: Tensor, G: Tensor) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import os
-import time
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,38 +19,23 @@ from torch import Tensor
 
 from ._workspace import Workspace
 from .dense_clip import DenseClip
-from .diffusion import DiffusionTaps
-from .models import load_clip, load_diffusion
-from .pairs import ModelError, find_pair
+from .diffusion import DiffusionConfig, DiffusionTaps
+from .frame import GRAPH_AFTER, FrameFeatures, FramePart, Stopwatch
+from .models import bfloat16_is_faster, load_clip, load_diffusion
+from .pairs import ModelError, ModelPair, Source, find_pair
 from .random_walk import Refinement, refine
-from .readout import UNLABELLED, Readout, read_out
+from .readout import ClassConfidence, describe_classes, read_out
 from .settings import Settings
 from .settings import preset as preset_overrides
 from .templates import template_set
-from .text import QueryEmbeddings, TextEncoder, embed_vocabulary
-from .vocabulary import Vocabulary
+from .text import QueryEmbeddings, TextEncoder, exhaust, vocabulary_steps
+from .text_cache import EmbeddingCache, cache_folder
+from .vocabulary import UNLABELLED, Vocabulary
 
 _VOCABULARIES_KEPT = 32
-STAGES = ("preprocess", "clip", "diffusion", "refine", "readout")
-
-
-@dataclass(frozen=True)
-class ClassConfidence:
-    """What was found of one name.
-
-    presence: 0..1, how sure it is that the image shows it. mean_probability: 0..1 over its pixels, 0 without any.
-    peak_probability: 0..1, the highest anywhere. area: pixels. box: (x, y, width, height) in pixels, None without any.
-    centroid: (x, y) in pixels, None without any.
-    """
-
-    name: str
-    label: int
-    presence: float
-    mean_probability: float
-    peak_probability: float
-    area: int
-    box: tuple[int, int, int, int] | None
-    centroid: tuple[float, float] | None
+_log = logging.getLogger(__name__)
+STAGES = ("preprocess", "clip", "diffusion", "probabilities", "refine", "readout")
+"""What a frame's time goes into; on CUDA "networks" stands for "clip" and "diffusion", which overlap."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +44,7 @@ class Segmentation:
 
     labels: uint8 [H, W]; 0 is background, k is names[k - 1]; all 255 where the vocabulary was empty.
     confidence_u8: uint8 [H, W], the winning label's probability, linear in 0..255. timings: ms per stage, and "total".
+    operator: the form of S that was chosen, see `fusion.choose_operator`; "" where the vocabulary was empty.
     """
 
     labels: np.ndarray
@@ -64,6 +52,7 @@ class Segmentation:
     names: tuple[str, ...]
     class_confidence: tuple[ClassConfidence, ...]
     timings: dict[str, float] = field(default_factory=dict)
+    operator: str = ""
 
     @cached_property
     def confidence(self) -> np.ndarray:
@@ -77,8 +66,7 @@ class Segmenter:
     def __init__(
         self,
         pair_name: str,
-        clip: DenseClip,
-        taps: DiffusionTaps,
+        frame: FramePart,
         text: TextEncoder,
         settings: Settings,
         device: torch.device,
@@ -86,9 +74,10 @@ class Segmenter:
     ) -> None:
         """From loaded parts; `from_pretrained` is the usual way in."""
         self.pair_name, self.settings, self.device, self.dtype = pair_name, settings, device, dtype
-        self.clip, self.taps, self.text = clip, taps, text
+        self.frame_part, self.text = frame, text
         self._workspace = Workspace()
         self._vocabularies: OrderedDict[Vocabulary, QueryEmbeddings] = OrderedDict()
+        self._previous: tuple[QueryEmbeddings, tuple[int, ...], Tensor] | None = None
 
     @classmethod
     def from_pretrained(
@@ -102,53 +91,80 @@ class Segmenter:
         cache_dir: str | os.PathLike[str] | None = None,
         offline: bool | None = None,
         settings: Mapping[str, Any] | None = None,
+        overlap: bool = True,
+        compile: bool = False,
     ) -> Segmenter:
-        """Load a model pair by name ("embedded", "sd21-clipl14") or from a folder with a pair.json.
+        """Load a model pair by name ("embedded", "sd21-clipl14"), from a folder with a pair.json, or by two hub ids or
+        folders ("CLIP+DIFFUSION").
 
-        device: "auto" is CUDA where there is one, else the CPU. dtype: float16, bfloat16 or float32 (or its name);
-        None is float16 on CUDA
-        and float32 on the CPU. preset: "pair" (the pair's own settings) or "paper". revision: of the diffusion model.
+        device: "auto" is CUDA where there is one, else the CPU. dtype: float16, bfloat16 or float32 (or its name); None
+        is float16 on CUDA, and on the CPU float32, or bfloat16 where the pair asks for it, the processor has it and it
+        was seen to be faster. preset: "pair" (the pair's own settings) or "paper". revision: of the diffusion model.
         cache_dir: for downloaded weights and text embeddings; None takes the usual places. offline: never ask the hub;
-        None follows HF_HUB_OFFLINE. settings: overrides by name, see `Settings.names`.
+        None follows HF_HUB_OFFLINE. settings: overrides by name, see `Settings.names`. overlap: on CUDA,
+        run both networks at once and from a graph; False tells their times apart. compile: run the networks through
+        torch.compile (the first frames then take minutes).
         Raises ModelError, which names what was looked for and the remedy, and ValueError for a wrong setting.
         """
         where = _device(device)
-        precision = _precision(dtype, where)
         found = find_pair(pair)
         try:
             own = Settings().replaced(found.settings)
         except ValueError as error:
             raise ModelError(f"the settings of pair {pair!r} cannot be used: {error}; correct its pair.json") from error
         chosen = own.replaced(preset_overrides(preset)).replaced(settings or {})
+        if revision:
+            found = dataclasses.replace(found, diffusion=dataclasses.replace(found.diffusion, revision=revision))
         if offline is None:
             offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
         cache = None if cache_dir is None or cache_dir == "" else Path(cache_dir).expanduser()
         if where.type == "cuda":  # sums of half-precision products stay in float32
             torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+        embeddings = EmbeddingCache(cache or cache_folder())
         places: dict[str, Any] = {"cache_dir": None if cache is None else str(cache), "offline": offline}
-        diffusion = found.diffusion if not revision else type(found.diffusion)(found.diffusion.location, revision)
+
+        precision = _precision(dtype, where)
+        if dtype is None and where.type == "cpu" and found.cpu_precision == "bf16":
+            if bfloat16_is_faster(found.clip, found.diffusion, chosen, **places):
+                precision = torch.bfloat16
+            else:
+                _log.info("networks in float32: bfloat16, as the pair would have them on a CPU, is no faster here")
         clip = load_clip(found.clip, where, precision, **places)
-        branch = load_diffusion(diffusion, where, precision, **places)
         text = TextEncoder(
             clip.model,
             clip.tokenizer,
             template_set(chosen.clip.templates),
             identity=clip.identity,
-            cache=cache or _cache_folder(),
+            cache=embeddings,
         )
         try:
+            branch = load_diffusion(
+                found.diffusion,
+                where,
+                precision,
+                chosen.diffusion.taps,
+                embeddings=embeddings,
+                taesd=_tiny_encoder(found, chosen.diffusion),
+                **places,
+            )
             taps = DiffusionTaps(branch.vae, branch.unet, branch.scheduler, branch.prompt, chosen.diffusion)
         except (ValueError, KeyError) as error:
             raise ModelError(
                 f"the diffusion model of pair {found.name!r} does not fit its settings: {error}"
             ) from error
-        return cls(found.name, DenseClip(clip.model, chosen.clip), taps, text, chosen, where, precision)
+        frame = FramePart(DenseClip(clip.model, chosen.clip), taps, where, overlap=overlap, compiled=compile)
+        return cls(found.name, frame, text, chosen, where, precision)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of the walk's tokens."""
+        return self.frame_part.taps.grid
 
     @property
     def description(self) -> str:
         """One line for a log: pair, device, precision, grid and the walk."""
         s = self.settings
-        rows, columns = self.taps.grid
+        rows, columns = self.grid
         return (
             f"{self.pair_name} on {self.device} in {str(self.dtype).removeprefix('torch.')}, "
             f"{rows} x {columns} tokens, head {s.clip.head}, kernel {s.affinity.kernel}, alpha {s.walk.alpha:g}, "
@@ -157,11 +173,16 @@ class Segmenter:
 
     def embed(self, vocabulary: Vocabulary) -> QueryEmbeddings:
         """The vocabulary's queries; worked out once and remembered for the last 32 vocabularies."""
+        return exhaust(self.embed_steps(vocabulary))
+
+    def embed_steps(self, vocabulary: Vocabulary) -> Generator[None, None, QueryEmbeddings]:
+        """`embed` in short steps, between which images can be segmented; returns the queries."""
         if vocabulary not in self._vocabularies:
             clip = self.settings.clip
-            self._vocabularies[vocabulary] = embed_vocabulary(
+            queries = yield from vocabulary_steps(
                 vocabulary, self.text, clip.negatives, mean_negative=clip.mean_negative
             )
+            self._vocabularies[vocabulary] = queries
             if len(self._vocabularies) > _VOCABULARIES_KEPT:
                 self._vocabularies.popitem(last=False)
         self._vocabularies.move_to_end(vocabulary)
@@ -175,68 +196,89 @@ class Segmenter:
         """
         check_image(image)
         queries = self.embed(vocabulary) if isinstance(vocabulary, Vocabulary) else vocabulary
-        height, width = image.shape[:2]
         if not queries.names:
-            empty = np.full((height, width), UNLABELLED, np.uint8)
+            empty = np.full(image.shape[:2], UNLABELLED, np.uint8)
             return Segmentation(empty, np.zeros_like(empty), (), (), dict.fromkeys((*STAGES, "total"), 0.0))
-        watch = _Stopwatch(self.device)
-        pixels = self._pixels(image)
-        watch.lap("preprocess")
-        features = self.clip.features(pixels)
-        G = self.clip.probabilities(features, queries.embeddings, self.taps.grid)
-        watch.lap("clip")
-        Q, K = self.taps(pixels)
-        watch.lap("diffusion")
-        refined = self.refine(Q, K, G)
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+            return self._segment(image, queries)
+
+    def _segment(self, image: np.ndarray, queries: QueryEmbeddings) -> Segmentation:
+        watch = Stopwatch(self.device)
+        features = self.frame_part(image, watch.lap)
+        G = self._probabilities(features, queries)
+        watch.lap("probabilities")
+        refined = self.refine(features.Q, features.K, G, previous=self._start(queries, image.shape))
+        self._previous = (queries, image.shape, refined.P) if self.settings.walk.previous_frame_start else None
         watch.lap("refine")
         read = read_out(
             G,
             refined.P,
             queries.classes,
             len(queries.names),
-            self.taps.grid,
-            (height, width),
+            self.grid,
+            image.shape[:2],
             self.settings.readout,
-        )
-        labels, confidence = read.labels.cpu().numpy(), read.confidence.cpu().numpy()
+        ).to_host()
         if not bool(read.presence.isfinite().all()):
             raise RuntimeError(
                 f"the networks' values overflow in {str(self.dtype).removeprefix('torch.')}; use precision bf16 or fp32"
             )
-        found = describe_classes(queries.names, labels, confidence, read)
+        labels, confidence = read.labels.numpy(), read.confidence.numpy()
+        found = describe_classes(queries.names, read)
         watch.lap("readout")
-        return Segmentation(labels, confidence, queries.names, found, watch.milliseconds())
+        return Segmentation(labels, confidence, queries.names, found, watch.milliseconds(), refined.operator)
 
     @torch.inference_mode()
     def frame(self, image: np.ndarray, queries: QueryEmbeddings) -> tuple[Tensor, Tensor, Tensor]:
         """What the walk starts from: G [N, queries], and Q, K [heads, N, D], of one image as in `__call__`."""
         check_image(image)
-        pixels = self._pixels(image)
-        G = self.clip.probabilities(self.clip.features(pixels), queries.embeddings, self.taps.grid)
-        return (G, *self.taps(pixels))
+        features = self.frame_part(image)
+        return self._probabilities(features, queries), features.Q, features.K
 
-    def refine(self, Q: Tensor, K: Tensor, G: Tensor) -> Refinement:
-        """G [N, queries] carried along the transition of Q, K [heads, N, D] by this pair's settings."""
+    def refine(self, Q: Tensor, K: Tensor, G: Tensor, previous: Tensor | None = None) -> Refinement:
+        """G [N, queries] carried along the transition of Q, K [heads, N, D] by this pair's settings.
+
+        previous: P of the frame before, where the walk is to start from it.
+        """
         s = self.settings
-        return refine(Q, K, G, self.taps.grid, s.affinity, s.fusion, s.walk, workspace=self._workspace, validate=False)
+        return refine(
+            Q,
+            K,
+            G,
+            self.grid,
+            s.affinity,
+            s.fusion,
+            s.walk,
+            previous=previous,
+            workspace=self._workspace,
+            validate=False,
+        )
 
     def warm_up(self, image_size: tuple[int, int] = (480, 640)) -> None:
-        """Segment a grey image of (rows, columns) once, so that the first real frame is as fast as the next."""
+        """Segment a grey image of (rows, columns) until a real one is as fast as the next: kernels are chosen, memory
+        is had, and on CUDA the size has its graph."""
         grey = np.full((*image_size, 3), 127, np.uint8)
-        self(grey, Vocabulary(["object"]))
+        for _ in range(GRAPH_AFTER + 1 if self.device.type == "cuda" else 1):
+            self(grey, Vocabulary(["object"]))
+        self._previous = None
 
     def close(self) -> None:
         """Give the models' memory back to the device; the segmenter is of no use afterwards."""
-        del self.clip, self.taps, self.text
-        self._workspace = Workspace()
+        self.text.close()
+        del self.frame_part, self.text
+        self._workspace, self._previous = Workspace(), None
         self._vocabularies.clear()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _pixels(self, image: np.ndarray) -> Tensor:
-        """float32 [1, 3, H, W] in 0..1 on the device."""
-        raw = torch.tensor(np.ascontiguousarray(image), device=self.device)  # a copy: frames may be read-only
-        return raw.permute(2, 0, 1)[None].float().div_(255)
+    def _probabilities(self, features: FrameFeatures, queries: QueryEmbeddings) -> Tensor:
+        return self.frame_part.clip.probabilities(features.patches, queries.embeddings, self.grid)
+
+    def _start(self, queries: QueryEmbeddings, shape: tuple[int, ...]) -> Tensor | None:
+        """P of the frame before, where the walk is set to start from it and it is of the same vocabulary and size."""
+        if self._previous is None or self._previous[0] is not queries or self._previous[1] != shape:
+            return None
+        return self._previous[2]
 
 
 def check_image(image: np.ndarray) -> None:
@@ -250,84 +292,6 @@ def check_image(image: np.ndarray) -> None:
     ):
         got = f"{image.dtype} {list(image.shape)}" if isinstance(image, np.ndarray) else type(image).__name__
         raise ValueError(f"an image must be a uint8 array [rows, columns, 3] in RGB order, none of them 0; got {got}")
-
-
-def describe_classes(
-    names: tuple[str, ...], labels: np.ndarray, confidence: np.ndarray, read: Readout
-) -> tuple[ClassConfidence, ...]:
-    """Presence, probabilities and place of every name; labels and confidence: uint8 [H, W]."""
-    height, width = labels.shape
-    count = len(names) + 1
-    flat = labels.ravel().astype(np.intp)
-    by_row = np.bincount(flat + count * np.repeat(np.arange(height), width), minlength=count * height).reshape(
-        height, count
-    )
-    by_column = np.bincount(flat + count * np.tile(np.arange(width), height), minlength=count * width).reshape(
-        width, count
-    )
-    area = by_row.sum(0)
-    sure = np.bincount(flat, weights=confidence.ravel(), minlength=count)
-    presence, peak = read.presence.tolist(), read.peak.tolist()
-    found = []
-    for label, name in enumerate(names, 1):
-        pixels = int(area[label])
-        box = centroid = None
-        if pixels:
-            rows, columns = np.flatnonzero(by_row[:, label]), np.flatnonzero(by_column[:, label])
-            box = (
-                int(columns[0]),
-                int(rows[0]),
-                int(columns[-1] - columns[0] + 1),
-                int(rows[-1] - rows[0] + 1),
-            )
-            centroid = (
-                float(by_column[:, label] @ np.arange(width) / pixels),
-                float(by_row[:, label] @ np.arange(height) / pixels),
-            )
-        found.append(
-            ClassConfidence(
-                name,
-                label,
-                min(1.0, presence[label - 1]),
-                float(sure[label] / pixels / 255) if pixels else 0.0,
-                min(1.0, peak[label - 1]),
-                pixels,
-                box,
-                centroid,
-            )
-        )
-    return tuple(found)
-
-
-class _Stopwatch:
-    """Laps by the device's own clock: CUDA events, read after the one synchronisation that a frame needs anyway."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._marks: list[tuple[str, Any]] = [("", self._now())]
-
-    def _now(self) -> Any:
-        if not self._cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def lap(self, name: str) -> None:
-        self._marks.append((name, self._now()))
-
-    def milliseconds(self) -> dict[str, float]:
-        """Time of each lap, and "total"."""
-        if self._cuda:
-            self._marks[-1][1].synchronize()
-        times = {
-            name: self._between(before, after)
-            for (_, before), (name, after) in zip(self._marks[:-1], self._marks[1:], strict=True)
-        }
-        return {**times, "total": sum(times.values())}
-
-    def _between(self, before: Any, after: Any) -> float:
-        return before.elapsed_time(after) if self._cuda else (after - before) * 1e3
 
 
 def _device(name: str) -> torch.device:
@@ -360,7 +324,10 @@ def _precision(dtype: torch.dtype | str | None, device: torch.device) -> torch.d
     return chosen
 
 
-def _cache_folder() -> Path:
-    """Where text embeddings are kept: NERVE_CACHE, else nerve_ros in the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(os.environ.get("NERVE_CACHE") or Path(base) / "nerve_ros")
+def _tiny_encoder(pair: ModelPair, diffusion: DiffusionConfig) -> Source | None:
+    """Where the tiny encoder is, if the settings ask for it; raises ValueError where the pair has none."""
+    if diffusion.encoder != "taesd":
+        return None
+    if pair.taesd is None:
+        raise ValueError("encoder is 'taesd', and its pair.json names no taesd; use encoder 'vae', or name one")
+    return pair.taesd

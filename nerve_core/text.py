@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
-import os
-import tempfile
-from collections.abc import Iterable, Sequence
+from collections import OrderedDict
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
-import safetensors.torch
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import CLIPModel, CLIPTokenizerFast
+from torch.nn.utils.rnn import pad_sequence
+from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
+from .text_cache import EmbeddingCache, space_of
 from .vocabulary import Vocabulary
+from .weights import HALF, identity, weight_file
 
 SAME_MEANING = 0.9
 """A negative whose text cosine with a name is above this is left out: it would compete with what was asked for."""
-_TEXT_BATCH = 256
-_log = logging.getLogger(__name__)
+_TOKENS_PER_STEP = {"cpu": 256, "cuda": 4096}  # padding included: some 20 and 340 templates of a short name
+_WORDS_KEPT = 4096
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -50,95 +51,123 @@ class TextEncoder:
     def __init__(
         self,
         clip: CLIPModel,
-        tokenizer: CLIPTokenizerFast,
+        tokenizer: CLIPTokenizer,
         templates: Sequence[str],
         *,
         identity: str,
-        cache: Path | None = None,
+        cache: EmbeddingCache | None = None,
     ) -> None:
-        """templates: each with one "{}". identity: what tells these weights from any others. cache: folder, or None."""
+        """templates: each with one "{}". identity: what tells these weights and their precision from any others."""
         wrong = [template for template in templates if template.count("{}") != 1]
         if wrong or not templates:
             raise ValueError(f"every template needs exactly one {{}}; got {wrong or 'none'}")
         self._clip, self._tokenizer, self.templates = clip, tokenizer, tuple(templates)
-        self._identity = hashlib.sha256(json.dumps([identity, *templates]).encode()).hexdigest()
-        self._folder = None if cache is None else cache / "text" / self._identity[:32]
-        self._size = clip.config.projection_dim
+        self._cache, self._space = cache, space_of("words", identity, *templates)
+        self.size: int = clip.config.projection_dim
         self._length = min(tokenizer.model_max_length, clip.config.text_config.max_position_embeddings)
-        self._known: dict[str, Tensor] = {}
+        self._tokens_per_step = _TOKENS_PER_STEP[clip.device.type]
+        self._known: OrderedDict[str, np.ndarray] = OrderedDict()  # last used last
 
     def __call__(self, words: Sequence[str]) -> Tensor:
         """Unit embeddings float32 [words, D] on the model's device."""
-        missing = [word for word in dict.fromkeys(words) if word not in self._known and not self._recall(word)]
-        if missing:
-            for word, vector in zip(missing, self._embed(missing), strict=True):
-                self._known[word] = vector
-                self._remember(word, vector)
-        return torch.stack([self._known[word] for word in words])
+        return exhaust(self.steps(words))
 
-    @torch.inference_mode()
-    def _embed(self, words: Sequence[str]) -> Tensor:
-        """Mean over the templates of unit vectors, made unit again: float32 [words, D]."""
-        texts = [template.replace("{}", word) for word in words for template in self.templates]
-        vectors = []
-        for start in range(0, len(texts), _TEXT_BATCH):
-            tokens = self._tokenizer(
-                texts[start : start + _TEXT_BATCH],
-                padding=True,
-                truncation=True,
-                max_length=self._length,
-                return_tensors="pt",
-            )
-            tokens = tokens.to(self._clip.device)
-            pooled = self._clip.text_model(
-                input_ids=tokens.input_ids, attention_mask=tokens.attention_mask
-            ).pooler_output
-            vectors.append(F.normalize(self._clip.text_projection(pooled).float(), dim=-1))
-        means = torch.cat(vectors).unflatten(0, (len(words), len(self.templates))).mean(1)
-        return F.normalize(means, dim=-1)
+    def steps(self, words: Sequence[str]) -> Generator[None, None, Tensor]:
+        """As the call, a little at a time: yields before each pass through the text model.
 
-    def _path(self, word: str) -> Path:
-        assert self._folder is not None
-        return self._folder / (hashlib.sha256(word.encode()).hexdigest()[:32] + ".safetensors")
+        A word is remembered as soon as its last template is through, whether the generator goes on or not.
+        """
+        found = self._recalled(dict.fromkeys(words))
+        missing = sorted((word for word in dict.fromkeys(words) if word not in found), key=len)
+        for group in self._groups(missing):
+            texts = [text for tokens in group.values() for text in tokens]
+            vectors = torch.empty(len(texts), self.size)
+            for batch in self._batches(texts):
+                yield
+                vectors[batch] = self._embed([texts[k] for k in batch])
+            means = F.normalize(vectors.unflatten(0, (len(group), -1)).mean(1), dim=-1)
+            found |= self._remembered(dict(zip(group, means.numpy(), strict=True)))
+        stacked = np.array([found[word] for word in words], np.float32).reshape(len(words), self.size)
+        return torch.from_numpy(stacked).to(self._clip.device)
 
-    def _recall(self, word: str) -> bool:
-        if self._folder is None or not self._path(word).is_file():
-            return False
-        try:
-            stored = safetensors.torch.load_file(self._path(word))["embedding"]
-        except (OSError, safetensors.SafetensorError, KeyError):
-            return False  # a damaged entry is worked out again and overwritten
-        if stored.shape != (self._size,) or stored.dtype != torch.float32:
-            return False
-        self._known[word] = stored.to(self._clip.device)
-        return True
+    def close(self) -> None:
+        """Let the disk know which words were used, which it keeps longest."""
+        if self._cache is not None:
+            self._cache.close()
 
-    def _remember(self, word: str, vector: Tensor) -> None:
-        """Write a word's embedding; another process that writes the same at once does no harm."""
-        if self._folder is None:
-            return
-        partial = None
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            handle, partial = tempfile.mkstemp(dir=self._folder, suffix=".partial")
-            os.close(handle)
-            safetensors.torch.save_file({"embedding": vector.cpu().contiguous()}, partial)
-            os.replace(partial, self._path(word))
-        except (OSError, safetensors.SafetensorError) as error:
-            _log.warning(f"text embeddings are not kept in {self._folder}: {error}; name another cache folder")
-            if partial is not None:
-                Path(partial).unlink(missing_ok=True)
-            self._folder = None  # said once
+    def _groups(self, words: Iterable[str]) -> Iterator[dict[str, list[list[int]]]]:
+        """The token ids of each word's templates: as many words as a step takes, at least one."""
+        group: dict[str, list[list[int]]] = {}
+        count = longest = 0
+        for word in words:
+            texts = [template.replace("{}", word) for template in self.templates]
+            tokens = self._tokenizer(texts, truncation=True, max_length=self._length)["input_ids"]
+            count, longest = count + len(tokens), max(longest, *map(len, tokens))
+            if group and count * longest > self._tokens_per_step:
+                yield group
+                group, count, longest = {}, len(tokens), max(map(len, tokens))
+            group[word] = tokens
+        if group:
+            yield group
+
+    def _batches(self, texts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+        """Numbers of texts that are passed through the model together: of like length, as many as a step takes."""
+        batch: list[int] = []
+        for k in sorted(range(len(texts)), key=lambda k: len(texts[k])):
+            if batch and (len(batch) + 1) * len(texts[k]) > self._tokens_per_step:
+                yield batch
+                batch = []
+            batch.append(k)
+        yield batch
+
+    @torch.no_grad()
+    def _embed(self, texts: Sequence[Sequence[int]]) -> Tensor:
+        """Unit vectors of texts given as token ids: float32 [texts, D], on the host as the caches are.
+
+        No mask: attention is causal and the first end of text is what is pooled, so nothing sees what pads.
+        """
+        rows = pad_sequence(
+            [torch.tensor(text) for text in texts], batch_first=True, padding_value=self._tokenizer.eos_token_id
+        )
+        pooled = self._clip.text_model(input_ids=rows.to(self._clip.device)).pooler_output
+        vectors = F.normalize(self._clip.text_projection(pooled).float(), dim=-1).cpu()
+        if not vectors.isfinite().all():
+            precision = str(self._clip.dtype).removeprefix("torch.")
+            raise RuntimeError(f"the text model's values overflow in {precision}; use precision bf16 or fp32")
+        return vectors
+
+    def _recalled(self, words: Iterable[str]) -> dict[str, np.ndarray]:
+        """Those words that are known, from memory or else from disk."""
+        known = {word: self._known[word] for word in words if word in self._known}
+        others = [word for word in words if word not in known]
+        stored = self._cache.get(self._space, others) if self._cache is not None and others else {}
+        return self._kept(known | {word: vector for word, vector in stored.items() if vector.shape == (self.size,)})
+
+    def _remembered(self, vectors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Keep new words in memory and on disk."""
+        if self._cache is not None:
+            self._cache.put(self._space, vectors)
+        return self._kept(vectors)
+
+    def _kept(self, vectors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Keep words in memory, where those used last push out others."""
+        for word, vector in vectors.items():
+            self._known[word] = vector
+            self._known.move_to_end(word)
+        while len(self._known) > _WORDS_KEPT:
+            self._known.popitem(last=False)
+        return vectors
 
 
-def embed_vocabulary(
+def vocabulary_steps(
     vocabulary: Vocabulary,
     encoder: TextEncoder,
     default_negatives: Iterable[str],
     *,
     mean_negative: bool = True,
-) -> QueryEmbeddings:
-    """Names, synonyms and negatives as queries.
+) -> Generator[None, None, QueryEmbeddings]:
+    """Names, synonyms and negatives as queries, a little at a time: yields where something else may have its turn, see
+    `TextEncoder.steps`.
 
     A negative that is one of the names' words, or whose cosine with one is above `SAME_MEANING`, is left out. With
     three or more names and `mean_negative`, the mean of their embeddings is one more negative.
@@ -146,20 +175,70 @@ def embed_vocabulary(
     words = [word for group in vocabulary.synonyms for word in group]
     labels = [label for label, group in enumerate(vocabulary.synonyms, 1) for _ in group]
     if not words:
-        return QueryEmbeddings(
-            vocabulary, torch.zeros(0, encoder._clip.config.projection_dim), torch.zeros(0, dtype=torch.int64)
-        )
-    named = encoder(words)
+        return QueryEmbeddings(vocabulary, torch.zeros(0, encoder.size), torch.zeros(0, dtype=torch.int64))
     asked = {word.casefold() for word in words}
     wanted = vocabulary.negatives if vocabulary.negatives is not None else tuple(default_negatives)
     negatives = list({word.casefold(): word for word in wanted if word.casefold() not in asked}.values())
-    parts = [named]
-    if negatives:
-        against = encoder(negatives)
-        parts.append(against[(against @ named.T).amax(1) <= SAME_MEANING])
+    vectors = yield from encoder.steps([*words, *negatives])
+    named, against = vectors[: len(words)], vectors[len(words) :]
+    parts = [named, against[(against @ named.T).amax(1) <= SAME_MEANING]]
     if mean_negative and len(vocabulary) >= 3:
         parts.append(F.normalize(named.mean(0, keepdim=True), dim=-1))
     embeddings = torch.cat(parts)
-    classes = torch.zeros(len(embeddings), dtype=torch.int64, device=embeddings.device)
-    classes[: len(labels)] = torch.tensor(labels, device=embeddings.device)
-    return QueryEmbeddings(vocabulary, embeddings, classes)
+    classes = torch.zeros(len(embeddings), dtype=torch.int64)
+    classes[: len(labels)] = torch.tensor(labels)
+    return QueryEmbeddings(vocabulary, embeddings, classes.to(embeddings.device))
+
+
+def exhaust(steps: Generator[None, None, Result]) -> Result:
+    """What a generator returns in the end, in one go."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as done:
+            return done.value
+
+
+@torch.no_grad()
+def empty_prompt(folder: Path, *, device: torch.device, dtype: torch.dtype, cache: EmbeddingCache | None) -> Tensor:
+    """The diffusion model's last hidden state for "", padded as in training: `dtype` [1, T, width] on `device`.
+
+    folder: of the diffusion model, with text_encoder/ and tokenizer/. Once the cache knows it, the text encoder is not
+    loaded. Raises OSError or ValueError for files that do not hold one.
+    """
+    weights = weight_file(folder, "text_encoder/model", half=dtype != torch.float32)
+    parts = (folder / "text_encoder", folder / "tokenizer")
+    configurations = [path.read_text() for part in parts for path in sorted(part.glob("*config.json"))]
+    space = space_of("prompt", identity(weights.parent, weights.name), str(dtype), *configurations)
+    known = cache.get(space, [""]) if cache is not None else {}
+    if known:
+        return torch.from_numpy(known[""]).to(device, dtype)
+    encoder, info = CLIPTextModel.from_pretrained(
+        folder,
+        subfolder="text_encoder",
+        dtype=dtype,
+        variant="fp16" if weights.name.endswith(f"{HALF}.safetensors") else None,
+        use_safetensors=True,
+        local_files_only=True,
+        output_loading_info=True,
+    )
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ValueError(f"{weights} lacks {len(missing)} tensors, such as {missing[0]}")
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
+    tokens = tokenizer("", padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    hidden = encoder.to(device).eval()(input_ids=tokens.input_ids.to(device)).last_hidden_state
+    if not hidden.isfinite().all():
+        raise ValueError(f"{weights} overflows in {str(dtype).removeprefix('torch.')}; use bf16 or fp32")
+    if cache is not None:
+        cache.put(space, {"": hidden.float().cpu().numpy()})
+    return hidden
+
+
+def load_tokenizer(folder: Path) -> CLIPTokenizer:
+    """A folder's tokenizer; FileNotFoundError without its files, where transformers makes one that knows no word."""
+    files = [name for name in ("tokenizer.json", "vocab.json", "merges.txt") if (folder / name).is_file()]
+    if "tokenizer.json" not in files and len(files) < 2:
+        raise FileNotFoundError(f"{folder} has neither tokenizer.json nor vocab.json and merges.txt")
+    return CLIPTokenizer.from_pretrained(folder, local_files_only=True)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
-from .readout import UNLABELLED
+from .vocabulary import BACKGROUND, UNLABELLED
 
 _FONT = cv2.FONT_HERSHEY_DUPLEX
 
@@ -19,7 +19,7 @@ def palette() -> np.ndarray:
     """A colour for every label: uint8 [256, 3], RGB. 0 is black, 255 grey; neighbours in number are far apart in
     hue."""
     colours = np.zeros((256, 3), np.uint8)
-    for label in range(1, UNLABELLED):
+    for label in range(BACKGROUND + 1, UNLABELLED):
         hue = label * 0.61803398875 % 1
         saturation, value = ((0.85, 1.0), (0.5, 1.0), (0.95, 0.65))[label % 3]
         colours[label] = np.round(np.array(colorsys.hsv_to_rgb(hue, saturation, value)) * 255)
@@ -44,12 +44,13 @@ def overlay(
     colours = cv2.LUT(cv2.merge([labels] * 3), palette()[None])
     mixed = cv2.addWeighted(image, 1 - alpha, colours, alpha, 0)
     edge = cv2.morphologyEx(labels, cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8)) > 0
-    drawn = np.where((labels > 0)[:, :, None], mixed, image)
-    drawn[edge & (labels > 0)] = 255
+    seen = labels != BACKGROUND
+    drawn = np.where(seen[:, :, None], mixed, image)
+    drawn[edge & seen] = 255
     if legend:
         _draw_legend(
             drawn,
-            [label for label in np.unique(labels) if 0 < label < UNLABELLED and label <= len(names)],
+            [label for label in np.unique(labels) if BACKGROUND < label < UNLABELLED and label <= len(names)],
             names,
         )
     return drawn

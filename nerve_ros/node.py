@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rclpy.executors import Executor
+    from rclpy.impl.rcutils_logger import RcutilsLogger
 
     from nerve_ros.lifecycle import NerveNode
 
@@ -47,6 +48,10 @@ def main(args: Sequence[str] | None = None) -> int:
     node, code = None, 0
     try:
         node = NerveNode()
+        core = logging.getLogger("nerve_core")
+        core.setLevel(logging.INFO)
+        core.addHandler(_RosLog(node.get_logger()))
+        core.propagate = False
         executor = SingleThreadedExecutor()
         executor.add_node(node)
         node.start()
@@ -68,6 +73,23 @@ def main(args: Sequence[str] | None = None) -> int:
         sys.stderr.flush()
         os._exit(code)
     return code
+
+
+class _RosLog(logging.Handler):
+    """What nerve_core has to say, such as that it fetches weights, goes into the node's log."""
+
+    def __init__(self, logger: RcutilsLogger) -> None:
+        super().__init__()
+        self._logger = logger
+
+    def emit(self, record: logging.LogRecord) -> None:
+        # rclpy holds a line of code to one severity.
+        if record.levelno >= logging.ERROR:
+            self._logger.error(record.getMessage())
+        elif record.levelno >= logging.WARNING:
+            self._logger.warning(record.getMessage())
+        else:
+            self._logger.info(record.getMessage())
 
 
 def _refuse(error: Exception) -> int:

@@ -19,10 +19,10 @@ from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescri
 from rclpy.exceptions import InvalidParameterTypeException, InvalidParameterValueException
 from rclpy.parameter import Parameter
 
+from nerve_core import Vocabulary
+
 if TYPE_CHECKING:
     from rclpy.node import Node
-
-    from nerve_core import Vocabulary
 
 ALWAYS = "always"
 UNCONFIGURED = "unconfigured"
@@ -130,7 +130,8 @@ class NodeConfig:
     )
     precision: str = _parameter(
         "auto",
-        "Number format of the networks. auto: fp16 on CUDA, fp32 on the CPU.",
+        "Number format of the networks. auto: fp16 on CUDA; on the CPU fp32, or bf16 where the model pair asks for it "
+        "and the processor is faster with it.",
         when=UNCONFIGURED,
         choices=("auto", "fp16", "bf16", "fp32"),
     )
@@ -167,6 +168,12 @@ class NodeConfig:
     warm_up: bool = _parameter(
         True,
         "Run one image through the models in configure, so that the first real one is not slow.",
+        when=UNCONFIGURED,
+    )
+    compile: bool = _parameter(
+        False,
+        "Run the networks through torch.compile: frames may take less, configure takes minutes more. Where it fails "
+        "the log says so and they run as they are.",
         when=UNCONFIGURED,
     )
     autostart: bool = _parameter(True, "Configure and activate at start, without a lifecycle manager.", when=START)
@@ -207,8 +214,6 @@ class NodeConfig:
 
         Raises nerve_core.VocabularyError (a ValueError) with the reason where they describe none.
         """
-        from nerve_core import Vocabulary
-
         negatives = None if self.negatives == PAIR_NEGATIVES else _names(self.negatives)
         return Vocabulary(_names(self.vocabulary), negatives=negatives)
 

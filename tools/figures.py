@@ -26,7 +26,7 @@ def clip_alone(segmenter: Segmenter, image: np.ndarray, vocabulary: Vocabulary) 
     queries = segmenter.embed(vocabulary)
     G = segmenter.frame(image, queries)[0]
     settings = segmenter.settings.readout
-    read = read_out(G, G, queries.classes, len(vocabulary), segmenter.taps.grid, image.shape[:2], settings)
+    read = read_out(G, G, queries.classes, len(vocabulary), segmenter.grid, image.shape[:2], settings)
     return read.labels.numpy()
 
 

@@ -75,7 +75,7 @@ def compare_on_scenes(
         for name, refine in refinements.items():
             began = time.perf_counter()
             P = refine(Q, K, G)
-            grid, size = segmenter.taps.grid, scene.labels.shape
+            grid, size = segmenter.grid, scene.labels.shape
             read = read_out(G, P, queries.classes, len(NAMES), grid, size, segmenter.settings.readout)
             labels = read.labels.cpu().numpy()
             seconds[name] += shared + time.perf_counter() - began

@@ -55,6 +55,23 @@ def pair(q: np.ndarray, k: np.ndarray, kernel: str, tau: float) -> float:
     raise KeyError(kernel)
 
 
+def favor(Q: np.ndarray, K: np.ndarray, W: np.ndarray, favor_of: str, tau: float) -> np.ndarray:
+    """One head's estimate [N, N] of exp(cosine / tau) or exp(q . k / sqrt(D)) by random directions W [features, D]."""
+
+    def prepared(x: np.ndarray) -> np.ndarray:
+        if favor_of == "softmax":
+            return x / len(x) ** 0.25
+        peak = float(np.abs(x).max())
+        return x * 0 if peak < 1e-30 else x / peak / math.sqrt(float(x / peak @ (x / peak))) / math.sqrt(tau)
+
+    A = np.zeros((len(Q), len(K)))
+    for i, q in enumerate(map(prepared, Q)):
+        for j, k in enumerate(map(prepared, K)):
+            products = [math.exp(w @ q - q @ q / 2) * math.exp(w @ k - k @ k / 2) for w in W]
+            A[i, j] = sum(products) / len(W)
+    return A
+
+
 def soft_row(logits: list[float]) -> list[float]:
     """Softmax of a row."""
     top = max(logits)
@@ -126,9 +143,13 @@ def transition(
     c: float = 10.0,
     head_weights: str | int = "entropy",
     combine: str = "transitions",
+    directions: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """S [N, N] and the heads' weights [H] (Eq. 2 with Eq. 22, or with Eq. 15)."""
-    A_global = [global_affinity(q, k, kernel, tau) for q, k in zip(Q, K, strict=True)]
+    """S [N, N] and the heads' weights [H] (Eq. 2 with Eq. 22, or with Eq. 15). directions: of `favor`, of `exp`."""
+    if kernel == "favor":
+        A_global, kernel = [favor(q, k, directions, "exp", tau) for q, k in zip(Q, K, strict=True)], "exp"
+    else:
+        A_global = [global_affinity(q, k, kernel, tau) for q, k in zip(Q, K, strict=True)]
     A_local = [local_affinity(q, k, grid, kernel, tau, eps_self) for q, k in zip(Q, K, strict=True)]
     if head_weights == "entropy":
         w = weights(entropies([normalised(A) for A in A_global], G), c)

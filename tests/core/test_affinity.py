@@ -9,8 +9,17 @@ from hypothesis import strategies as st
 import reference
 from nerve_core import _grid
 from nerve_core._products import linear
-from nerve_core.affinity import KERNELS, Affinity, AffinityConfig, unit_rows
-from tokens import DEVICES, KINDS, POSITIVE_KERNELS, label_probabilities, queries_and_keys, scenes, tensors
+from nerve_core.affinity import KERNELS, Affinity, AffinityConfig, random_directions, unit_rows
+from tokens import (
+    DEVICES,
+    KINDS,
+    POSITIVE_KERNELS,
+    STOCHASTIC_KERNELS,
+    label_probabilities,
+    queries_and_keys,
+    scenes,
+    tensors,
+)
 
 TAUS = st.sampled_from((0.02, 0.05, 0.5))
 
@@ -61,7 +70,7 @@ def test_local_stencil_is_eq_9(scene, kernel, tau, eps_self):
 @settings(max_examples=120)
 @given(
     scenes(),
-    st.sampled_from(POSITIVE_KERNELS),
+    st.sampled_from(STOCHASTIC_KERNELS),
     st.sampled_from((torch.float16, torch.bfloat16, torch.float32, torch.float64)),
     st.sampled_from(DEVICES),
 )
@@ -94,7 +103,7 @@ def test_float32_is_the_float64_reference_to_rounding(scene, kernel, dtype):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("kernel", POSITIVE_KERNELS)
+@pytest.mark.parametrize("kernel", STOCHASTIC_KERNELS)
 def test_no_kernel_gives_nan_or_infinity_in_float32_on_float16_taps(kernel, kind):
     Q, K = tensors(*queries_and_keys(kind, 2, 12, 64), dtype=torch.float16)
     affinity = Affinity(Q, K, (3, 4), AffinityConfig(kernel, 0.001))
@@ -132,7 +141,7 @@ def test_centring_takes_away_what_all_tokens_share():
     torch.testing.assert_close(transitions(moved), plain, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("kernel", POSITIVE_KERNELS)
+@pytest.mark.parametrize("kernel", STOCHASTIC_KERNELS)
 def test_reordering_tokens_reorders_the_global_transition(kernel):
     Q, K = tensors(*queries_and_keys("random", 2, 12, 4))
     order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
@@ -232,7 +241,7 @@ def test_raw_is_refused_where_neighbours_differ_though_rows_do_not():
         affinity.stencils()
 
 
-@pytest.mark.parametrize("kernel", POSITIVE_KERNELS)
+@pytest.mark.parametrize("kernel", STOCHASTIC_KERNELS)
 @pytest.mark.parametrize("pieces", [1, 5, 12])
 def test_rows_do_not_depend_on_the_chunk_or_on_being_kept(kernel, pieces):
     Q, K = tensors(*queries_and_keys("random", 2, 12, 4))
@@ -261,14 +270,89 @@ def test_log_mass_is_the_logarithm_of_eq_8s_row_sums_up_to_a_constant(kernel):
 
 
 def test_only_kernels_without_a_pointwise_rule_are_low_rank():
-    assert {name for name, kernel in KERNELS.items() if kernel.low_rank} == {"shifted", "raw"}
+    assert {name for name, kernel in KERNELS.items() if kernel.low_rank} == {"shifted", "favor", "raw"}
     Q, K = tensors(*queries_and_keys("positive", 1, 12, 4))
-    for name, rank in (("shifted", 5), ("raw", 4)):
+    for name, rank in (("shifted", 5), ("favor", 256), ("raw", 4)):
         affinity = Affinity(Q, K, (3, 4), AffinityConfig(name), dtype=torch.float64)
         A, sums = affinity.rows(0, slice(0, 12))
         torch.testing.assert_close(affinity.left[0] @ affinity.right[0].T, A)
         torch.testing.assert_close(affinity.mass()[0], sums)
         assert affinity.left.shape[-1] == rank
+
+
+def directions(size: int, features: int = 256) -> torch.Tensor:
+    return random_directions(size, features, torch.float64, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("size", [1, 5, 64])
+def test_favors_directions_are_orthogonal_in_blocks_as_long_as_gaussian_ones_and_always_the_same(size):
+    W = directions(size, 256)
+    assert W.shape == (256, size)
+    for block in W.split(size):
+        lengths = block.norm(dim=1)
+        torch.testing.assert_close(block @ block.T, torch.diag(lengths.square()), rtol=0, atol=1e-12 * size)
+    many = directions(size, 4096)
+    # A length squared is chi-squared: mean D, variance 2 D. Four standard errors of 4096 of them.
+    assert abs(float(many.square().sum(1).mean()) - size) < 4 * (2 * size / 4096) ** 0.5
+    assert many.mean(0).abs().max() < 6 / 4096**0.5
+    random_directions.cache_clear()
+    torch.testing.assert_close(directions(size, 256), W, rtol=0, atol=0)
+    torch.testing.assert_close(random_directions(size, 256, torch.float32, torch.device("cpu")), W.float())
+
+
+@settings(max_examples=25)
+@given(scenes(("random", "zero rows", "axes", "tiny")), st.sampled_from(("exp", "softmax")), st.integers(1, 9))
+def test_favor_is_the_mean_over_its_directions(scene, favor_of, features):
+    Q, K, _, grid = scene
+    config = AffinityConfig("favor", 0.5, favor_of=favor_of, features=features)
+    affinity = Affinity(*tensors(Q, K), grid, config, dtype=torch.float64)
+    found = transitions(affinity)
+    W = directions(Q.shape[-1], features).numpy()
+    for head in range(len(Q)):
+        expected = reference.favor(Q[head], K[head], W, favor_of, 0.5)
+        np.testing.assert_allclose(found[head], reference.normalised(expected), rtol=1e-9, atol=1e-12)
+        if favor_of == "exp":
+            every = slice(0, affinity.tokens)
+            mass = affinity.log_mass(head, every) - affinity.log_mass(0, every)[0]
+            first = reference.favor(Q[0], K[0], W, favor_of, 0.5)
+            np.testing.assert_allclose(mass, np.log(expected.sum(1)) - np.log(first[0].sum()), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(("favor_of", "scale"), [("exp", 1.0), ("softmax", 0.5)])
+def test_favor_is_unbiased_and_comes_closer_as_features_grow(favor_of, scale):
+    Q, K = (scale * x for x in tensors(*queries_and_keys("random", 1, 12, 8)))
+    exact = transitions(Affinity(Q, K, (3, 4), AffinityConfig(favor_of, 1.0), dtype=torch.float64))
+
+    def error(features: int) -> float:
+        config = AffinityConfig("favor", 1.0, favor_of=favor_of, features=features)
+        found = transitions(Affinity(Q, K, (3, 4), config, dtype=torch.float64))
+        return float((found - exact).abs().sum(-1).mean())
+
+    # A bias would stay; noise falls by 32.
+    assert error(2**16) < error(2**6) / 8
+    assert error(2**16) < 0.01
+
+
+@pytest.mark.parametrize("favor_of", ["exp", "softmax"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_favor_neither_overflows_nor_loses_a_row(kind, favor_of):
+    Q, K = tensors(*queries_and_keys(kind, 2, 12, 64), dtype=torch.float16)
+    affinity = Affinity(Q, K, (3, 4), AffinityConfig("favor", 0.001, favor_of=favor_of))
+    assert (affinity.mass() >= 1 - 1e-5).all()
+    for operand in (affinity.left, affinity.right):
+        assert operand.isfinite().all()
+        assert (operand >= 0).all()
+        assert (operand <= 1).all()
+    torch.testing.assert_close(transitions(affinity).sum(-1), torch.ones(2, 12), rtol=0, atol=1e-5)
+    assert affinity.stencils().isfinite().all()
+
+
+@pytest.mark.parametrize("favor_of", ["exp", "softmax"])
+def test_favor_compares_neighbours_by_the_kernel_that_it_estimates(favor_of):
+    Q, K = tensors(*queries_and_keys("random", 2, 12, 4))
+    found = Affinity(Q, K, (3, 4), AffinityConfig("favor", favor_of=favor_of), dtype=torch.float64)
+    exact = Affinity(Q, K, (3, 4), AffinityConfig(favor_of), dtype=torch.float64)
+    torch.testing.assert_close(found.stencils(), exact.stencils(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 16, 7), (40, 300, 129)])
@@ -290,6 +374,10 @@ def test_linear_is_the_product_with_the_transpose(shape, dtype):
         ({"tau": float("nan")}, "tau is nan"),
         ({"eps_self": 0.0}, "eps_self is 0.0"),
         ({"eps_self": float("inf")}, "eps_self is inf"),
+        ({"favor_of": "relu"}, "favor_of is 'relu'; favor estimates exp or softmax"),
+        ({"features": 0}, "features is 0"),
+        ({"features": 2.0}, "features is 2.0"),
+        ({"features": True}, "features is True"),
     ],
 )
 def test_a_setting_out_of_range_says_what_is_accepted(fields, message):
@@ -313,7 +401,7 @@ def test_shapes_that_do_not_fit_are_refused(Q, K, grid, message):
 
 
 def test_a_lone_token_is_its_own_only_neighbour():
-    for kernel in POSITIVE_KERNELS:
+    for kernel in STOCHASTIC_KERNELS:
         Q, K = tensors(*queries_and_keys("random", 2, 1, 4))
         affinity = Affinity(Q, K, (1, 1), AffinityConfig(kernel), dtype=torch.float64)
         expected = torch.zeros(2, 1, 9, dtype=torch.float64)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderTiny,
     DDIMScheduler,
     EulerDiscreteScheduler,
     PNDMScheduler,
@@ -20,14 +21,24 @@ from diffusers import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from torch import nn
 
 import nerve_core
-from nerve_core.diffusion import DiffusionConfig, DiffusionTaps, noise_levels, tapped_projections
+from nerve_core._layers import lay_out
+from nerve_core.diffusion import (
+    DiffusionConfig,
+    DiffusionTaps,
+    cut_encoder,
+    cut_unet,
+    encode,
+    fix_unet,
+    noise_levels,
+    tapped_projections,
+)
 from small_models import (
     POSITIONS,
     WIDTH,
     byte_tokenizer,
+    enliven,
     narrow_sd15_unet,
     narrow_sd21_unet,
     outputs_of,
@@ -78,6 +89,22 @@ def hooked(unet, latent, timestep, prompt, taps):
     return heads_of("to_q"), heads_of("to_k")
 
 
+def tapped(unet, latent, timestep, prompt, taps):
+    """Q, K of a copy that is cut down and laid out as `DiffusionTaps` does."""
+    ours = copy.deepcopy(unet)
+    cut_unet(ours, taps)
+    fix_unet(ours, timestep, prompt)
+    lay_out(ours)
+    with torch.inference_mode():
+        return tapped_projections(ours, latent, taps)
+
+
+def front(vae, unet, prompt, **config):
+    """Over copies of the networks: `DiffusionTaps` takes them over."""
+    scheduler = dict(sd_scheduler().config)
+    return DiffusionTaps(copy.deepcopy(vae), copy.deepcopy(unet), scheduler, prompt, DiffusionConfig(**config))
+
+
 def assert_same(ours, theirs):
     for mine, other in zip(ours, theirs, strict=True):
         assert mine.shape == other.shape
@@ -88,8 +115,7 @@ def assert_same(ours, theirs):
 @pytest.mark.parametrize("taps", SD_TAPS, ids=str)
 def test_taps_of_the_sd21_architecture_equal_hooks_on_an_untouched_forward(sd21, prompt, taps):
     latent = torch.randn((1, 4, 16, 24), generator=torch.Generator().manual_seed(1))
-    with torch.inference_mode():
-        ours = tapped_projections(sd21, latent, torch.tensor([100]), prompt, taps)
+    ours = tapped(sd21, latent, 100, prompt, taps)
     assert_same(ours, hooked(sd21, latent, 100, prompt, taps))
     if taps[0][0] == 3:
         assert ours[0].shape == (1, 5 * len(taps), 16 * 24, 4)
@@ -99,16 +125,14 @@ def test_taps_of_the_sd21_architecture_equal_hooks_on_an_untouched_forward(sd21,
 @pytest.mark.parametrize(("rows", "columns"), [(8, 8), (24, 16), (8, 40)])
 def test_taps_of_the_sd15_architecture_equal_hooks_on_an_untouched_forward(sd15, prompt, taps, rows, columns):
     latent = torch.randn((1, 4, rows, columns), generator=torch.Generator().manual_seed(2))
-    with torch.inference_mode():
-        ours = tapped_projections(sd15, latent, torch.tensor([321]), prompt, taps)
+    ours = tapped(sd15, latent, 321, prompt, taps)
     assert_same(ours, hooked(sd15, latent, 321, prompt, taps))
     assert ours[0].shape == (1, 8 * len(taps), rows * columns, 2)
 
 
 def test_every_image_of_a_batch_has_the_taps_it_has_alone(sd15, prompt):
     latents = torch.randn((2, 4, 8, 16), generator=torch.Generator().manual_seed(3))
-    with torch.inference_mode():
-        ours = tapped_projections(sd15, latents, torch.tensor([7]), prompt, ((3, 1), (3, 2)))
+    ours = tapped(sd15, latents, 7, prompt, ((3, 1), (3, 2)))
     assert_same(ours, hooked(sd15, latents, 7, prompt, ((3, 1), (3, 2))))
 
 
@@ -119,8 +143,7 @@ def test_taps_of_the_embedded_pair_equal_hooks_on_an_untouched_forward():
     step = 2 ** (len(unet.config.block_out_channels) - 1)
     latent = torch.randn((1, unet.config.in_channels, 2 * step, 3 * step), generator=torch.Generator().manual_seed(4))
     prompt = torch.randn((1, 32, unet.config.cross_attention_dim), generator=torch.Generator().manual_seed(5))
-    with torch.inference_mode():
-        ours = tapped_projections(unet, latent, torch.tensor([chosen["timestep"]]), prompt, taps)
+    ours = tapped(unet, latent, chosen["timestep"], prompt, taps)
     assert_same(ours, hooked(unet, latent, chosen["timestep"], prompt, taps))
 
 
@@ -139,7 +162,7 @@ def test_the_front_equals_a_diffusers_pipeline_made_of_the_same_parts(sd21, vae,
     )
     prompt = pipeline.encode_prompt("", "cpu", 1, do_classifier_free_guidance=False)[0]
     config = DiffusionConfig(input_size=(64, 128), timestep=100, noise_seed=11)
-    taps = DiffusionTaps(vae, sd21, dict(scheduler.config), prompt, config)
+    taps = DiffusionTaps(copy.deepcopy(vae), copy.deepcopy(sd21), dict(scheduler.config), prompt, config)
     image = picture(64, 128)  # of the input size: nothing is resized
 
     pixels = pipeline.image_processor.preprocess(image)  # to -1..1
@@ -162,7 +185,7 @@ def test_the_embedded_pairs_latent_equals_its_own_vae_and_scheduler():
         input_size=tuple(chosen["input_size"]), timestep=42, taps=tuple(map(tuple, chosen["taps"]))
     )
     prompt = torch.zeros((1, 8, unet.config.cross_attention_dim))
-    taps = DiffusionTaps(vae, unet, dict(scheduler.config), prompt, config)
+    taps = DiffusionTaps(copy.deepcopy(vae), unet, dict(scheduler.config), prompt, config)
     image = picture(*config.input_size)
     with torch.inference_mode():
         mean = vae.encode(2 * image - 1).latent_dist.mean * vae.config.scaling_factor
@@ -171,51 +194,163 @@ def test_the_embedded_pairs_latent_equals_its_own_vae_and_scheduler():
     torch.testing.assert_close(taps.noisy_latent(image), noisy, rtol=1e-5, atol=1e-5)
 
 
-class MustNotRun(nn.Module):
-    """A module whose forward is a failure; attributes that the code around it may read are passed on."""
-
-    def forward(self, *_, **__):
-        raise AssertionError("a module after the last tap ran")
-
-
-def test_nothing_after_the_last_key_projection_runs(sd21, vae, prompt):
-    taps = ((3, 0), (3, 1))
-    latent = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(6))
-    with torch.inference_mode():
-        whole = tapped_projections(sd21, latent, torch.tensor([100]), prompt, taps)
+def test_only_what_lies_before_the_last_key_projection_is_kept(sd21, prompt):
     cut = copy.deepcopy(sd21)
-    last = cut.up_blocks[3].attentions[1]
-    block = last.transformer_blocks[0]
-    after = [(cut, "conv_norm_out"), (cut, "conv_act"), (cut, "conv_out"), (last, "proj_out")]
-    after += [(block, name) for name in ("attn2", "norm2", "norm3", "ff")]
-    after += [(block.attn1, "to_v"), (block.attn1, "to_out")]
-    for parent, name in after:
-        assert hasattr(parent, name)
-        setattr(parent, name, MustNotRun())
-    cut.up_blocks[3].resnets[2] = MustNotRun()
-    cut.up_blocks[3].attentions[2] = MustNotRun()
+    cut_unet(cut, ((3, 0), (3, 1)))
+    block = cut.up_blocks[3]
+    inner = block.attentions[1].transformer_blocks[0]
+    assert [len(block.resnets), len(block.attentions), len(cut.up_blocks)] == [2, 2, 4]
+    assert {name.rsplit(".", 1)[0] for name, _ in inner.named_parameters()} == {"norm1", "attn1.to_q", "attn1.to_k"}
+    kept = {name for name, _ in cut.named_parameters()}
+    assert not [
+        name for name in kept if name.startswith(("conv_out", "conv_norm_out", "up_blocks.3.attentions.1.proj_o"))
+    ]
+    fix_unet(cut, 100, prompt)
+    left = {name for name, _ in cut.named_parameters()}
+    assert {name for name in kept - left if "attn2" not in name} == {
+        name for name in kept if "time_emb" in name
+    }  # nothing else goes
+    assert not [name for name in left if "attn2.to_k" in name or "attn2.to_v" in name or "time_emb" in name]
+    cut_unet(cut, ((3, 0), (3, 1)))  # again does no harm
+
+
+@pytest.mark.parametrize("taps", [((3, 1), (3, 2)), ((2, 0),), ((1, 1), (1, 2))], ids=str)
+def test_every_parameter_that_is_kept_has_a_part_in_the_taps(sd15, prompt, taps):
+    """A parameter without a part would have no gradient."""
+    ours = copy.deepcopy(sd15)
+    cut_unet(ours, taps)
+    fix_unet(ours, 100, prompt)
+    ours.requires_grad_(True)
+    latent = torch.randn((1, 4, 16, 16), generator=torch.Generator().manual_seed(6))
+    Q, K = tapped_projections(ours, latent, taps)
+    (Q.square().sum() + K.square().sum()).backward()
+    assert [name for name, parameter in ours.named_parameters() if parameter.grad is None] == []
+
+
+def test_the_encoder_gives_the_mean_alone(vae):
+    pixels = 2 * picture(64, 128) - 1
+    for quant in (True, False):
+        whole = copy.deepcopy(vae)
+        if not quant:
+            whole.quant_conv = None
+        ours = copy.deepcopy(whole)
+        cut_encoder(ours)
+        cut_encoder(ours)  # again does no harm
+        assert not [name for name in ours.state_dict() if name.startswith(("decoder", "post_quant"))]
+        lay_out(ours)
+        with torch.inference_mode():
+            mean = whole.encode(pixels).latent_dist.mean
+            assert mean.std() > 0.1
+            torch.testing.assert_close(encode(ours, pixels), mean, rtol=1e-5, atol=1e-5)
+
+
+def test_networks_are_taken_over_once(sd15, vae, prompt):
+    unet = copy.deepcopy(sd15)
+    for expected in (None, "taken over before"):
+        arguments = (
+            copy.deepcopy(vae),
+            unet,
+            dict(sd_scheduler().config),
+            prompt,
+            DiffusionConfig(input_size=(64, 64)),
+        )
+        if expected is None:
+            DiffusionTaps(*arguments)
+        else:
+            with pytest.raises(ValueError, match=expected):
+                DiffusionTaps(*arguments)
+
+
+SD21 = {
+    "sample_size": 64,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "attention_head_dim": [5, 10, 20, 20],
+    "cross_attention_dim": 1024,
+    "use_linear_projection": True,
+}
+SD15 = {**SD21, "attention_head_dim": 8, "cross_attention_dim": 768, "use_linear_projection": False}
+SD_VAE = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+}
+TAESD_SIZES = {"encoder_block_out_channels": (8, 8, 8, 8), "decoder_block_out_channels": (8, 8, 8, 8)}
+
+
+def on_meta(kind, options):
+    with torch.device("meta"):
+        return kind(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "taps", "input_size", "heads", "size", "kept"),
+    [
+        (SD21, ((3, 1), (3, 2)), (512, 512), 10, 64, 0.9363),
+        (SD21, ((3, 0), (3, 1)), (320, 448), 10, 64, 0.9305),
+        (SD21, ((2, 1),), (512, 512), 10, 64, 0.8865),
+        (SD15, ((3, 1), (3, 2)), (512, 512), 16, 40, 0.9432),
+        (SD15, ((3, 1), (3, 2)), (384, 640), 16, 40, 0.9432),
+        (SD15, ((1, 2),), (512, 768), 8, 160, 0.8001),
+    ],
+)
+def test_the_true_architectures_have_their_heads_and_keep_a_stated_share(options, taps, input_size, heads, size, kept):
+    """Without memory for weights: heads, tokens and their size, and the share of the U-Net's parameters that stays."""
+    unet = on_meta(UNet2DConditionModel, options)
+    vae = on_meta(AutoencoderKL, {**SD_VAE})
+    whole = sum(parameter.numel() for parameter in unet.parameters())
+    prompt = torch.empty((1, 77, options["cross_attention_dim"]), device="meta")
+    config = DiffusionConfig(input_size=input_size, taps=taps)
+    front = DiffusionTaps(vae, unet, dict(sd_scheduler().config), prompt, config)
+    Q, K = front(torch.empty((1, 3, 480, 640), device="meta"))
+    scale = 8 * 2 ** (3 - taps[0][0])
+    assert front.grid == (input_size[0] // scale, input_size[1] // scale)
+    assert Q.shape == K.shape == (heads, front.grid[0] * front.grid[1], size)
+    assert sum(parameter.numel() for parameter in unet.parameters()) / whole == pytest.approx(kept, abs=5e-4)
+
+
+def test_a_tiny_encoder_in_the_vaes_place_gives_its_own_latent(sd15, prompt):
+    torch.manual_seed(0)
+    tiny = enliven(AutoencoderTiny(**TAESD_SIZES), 6)
+    taps = front(tiny, sd15, prompt, input_size=(64, 128), encoder="taesd")
+    image = picture(64, 128)
+    scheduler = sd_scheduler()
     with torch.inference_mode():
-        ours = tapped_projections(cut, latent, torch.tensor([100]), prompt, taps)
-        assert torch.equal(ours[0], whole[0])
-        assert torch.equal(ours[1], whole[1])
-        with pytest.raises(AssertionError, match="after the last tap"):
-            tapped_projections(cut, latent, torch.tensor([100]), prompt, ((3, 1), (3, 2)))
+        latent = tiny.encode(2 * image - 1).latents * tiny.config.scaling_factor  # as diffusers' own pipelines do
+        noise = torch.randn(latent.shape, generator=torch.Generator("cpu").manual_seed(0))
+        noisy = scheduler.add_noise(latent, noise, torch.tensor([100]))
+    assert latent.std() > 0.1
+    torch.testing.assert_close(taps.noisy_latent(image), noisy, rtol=1e-5, atol=1e-5)
+    assert taps(image)[0].shape == (16, 8 * 16, 2)
 
 
-def test_the_decoder_and_the_sampling_are_not_needed(sd21, vae, prompt):
-    bare = copy.deepcopy(vae)
-    bare.decoder = bare.post_quant_conv = None
-    config = DiffusionConfig(input_size=(64, 64))
-    image = picture(64, 64)
-    ours = DiffusionTaps(bare, sd21, dict(sd_scheduler().config), prompt, config)(image)
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(ours, DiffusionTaps(vae, sd21, dict(sd_scheduler().config), prompt, config)(image), strict=True)
+def test_the_encoder_that_is_set_and_the_one_that_is_loaded_must_be_the_same(sd15, vae, prompt):
+    with pytest.raises(ValueError, match="encoder is 'taesd' and the network is a AutoencoderKL"):
+        front(vae, sd15, prompt, input_size=(64, 64), encoder="taesd")
+    with pytest.raises(ValueError, match="encoder is 'vae' and the network is a AutoencoderTiny"):
+        front(AutoencoderTiny(**TAESD_SIZES), sd15, prompt, input_size=(64, 64))
+    with pytest.raises(ValueError, match="latents of 8 channels and the U-Net takes 4"):
+        front(AutoencoderTiny(**TAESD_SIZES, latent_channels=8), sd15, prompt, input_size=(64, 64), encoder="taesd")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("network", ["sd21", "sd15"])
+def test_half_precision_stays_within_stated_bounds_of_the_untouched_network(request, network, vae, prompt, dtype):
+    """Q and K against float32, relative in the Euclidean norm: 0.04 in bfloat16, 0.005 in float16."""
+    unet = request.getfixturevalue(network)
+    image = picture(128, 128)
+    whole = front(vae, unet, prompt, input_size=(128, 128))
+    reference = hooked(unet, whole.noisy_latent(image), 100, prompt, whole.config.taps)
+    half = DiffusionTaps(
+        copy.deepcopy(vae).to(dtype),
+        copy.deepcopy(unet).to(dtype),
+        dict(sd_scheduler().config),
+        prompt.to(dtype),
+        whole.config,
     )
-
-
-def front(vae, unet, prompt, **config):
-    return DiffusionTaps(vae, unet, dict(sd_scheduler().config), prompt, DiffusionConfig(**config))
+    bound = {torch.bfloat16: 0.04, torch.float16: 0.005}[dtype]
+    for mine, other in zip(half(image), reference, strict=True):
+        assert (mine.float() - other[0]).norm() < bound * other[0].norm()
 
 
 def test_the_same_image_gives_the_same_taps_and_only_the_seed_changes_the_noise(sd15, vae, prompt):
@@ -256,16 +391,15 @@ def test_taps_are_in_the_networks_dtype(sd15, vae, prompt, dtype):
 def test_an_image_is_resized_whole_antialiased_and_scaled_to_minus_one_to_one(sd15, vae, prompt, size):
     taps = front(vae, sd15, prompt, input_size=(64, 128))
     image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
-    with outputs_of({"pixels": taps.vae.encoder.conv_in}) as seen:
-        handle = taps.vae.encoder.register_forward_pre_hook(lambda _, inputs: seen.update(input=inputs[0]))
-        taps.noisy_latent(torch.from_numpy(image).permute(2, 0, 1)[None] / 255)
-        handle.remove()
+    seen = []
+    taps.vae.encoder.conv_in.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    taps.noisy_latent(torch.from_numpy(image).permute(2, 0, 1)[None] / 255)
     planes = [
         np.asarray(Image.fromarray(image[:, :, k].astype(np.float32), "F").resize((128, 64), Image.Resampling.BILINEAR))
         for k in range(3)
     ]
     expected = torch.from_numpy(np.stack(planes)) / 255 * 2 - 1
-    torch.testing.assert_close(seen["input"][0], expected, rtol=0, atol=2e-5)
+    torch.testing.assert_close(seen[0][0], expected, rtol=0, atol=2e-5)
 
 
 @settings(max_examples=20)
@@ -330,6 +464,7 @@ def test_a_schedule_that_is_not_understood_is_refused(change):
         {"taps": ((-1, 0),)},
         {"taps": ((3, -1),)},
         {"noise_seed": "x"},
+        {"encoder": "vqvae"},
     ],
     ids=str,
 )
@@ -350,8 +485,10 @@ def test_taps_of_different_grids_are_refused_at_once(sd15, vae, prompt):
 
 
 def test_asking_for_taps_that_are_not_met_is_an_error_and_not_a_shorter_answer(sd15, prompt):
+    unet = copy.deepcopy(sd15)
+    fix_unet(unet, 1, prompt)
     with pytest.raises(ValueError, match="are not all in this U-Net"), torch.inference_mode():
-        tapped_projections(sd15, torch.zeros(1, 4, 8, 8), torch.tensor([1]), prompt, ((3, 1), (9, 0)))
+        tapped_projections(unet, torch.zeros(1, 4, 8, 8), ((3, 1), (9, 0)))
 
 
 @pytest.mark.parametrize("size", [(65, 64), (64, 72), (512, 100)])
@@ -371,6 +508,13 @@ def test_an_input_size_that_does_not_divide_is_refused_with_the_step(sd15, vae, 
         {"only_cross_attention": True},
         {"dual_cross_attention": True, "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D")},
         {"up_block_types": ("ResnetUpsampleBlock2D", "CrossAttnUpBlock2D")},
+        {"resnet_time_scale_shift": "scale_shift"},
+        {"resnet_out_scale_factor": 2.0},
+        {"mid_block_scale_factor": 2.0},
+        {"resnet_skip_time_act": True},
+        {"act_fn": "mish"},
+        {"cross_attention_norm": "layer_norm"},
+        {"attention_type": "gated"},
     ],
     ids=lambda options: next(iter(options)),
 )

@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nerve_core import readout
-from nerve_core.readout import Readout, ReadoutConfig, presence, read_out
-from nerve_core.segmenter import describe_classes
+from nerve_core.readout import Readout, ReadoutConfig, describe_classes, presence, read_out
 from small_models import slow_bilinear
 
 
@@ -63,7 +62,23 @@ def assert_as_slow(G, P, classes, names, grid, size, config):
     np.testing.assert_allclose(ours.confidence.numpy(), sure, rtol=0, atol=0.5 + 1e-3)  # rounded to the nearest
     np.testing.assert_allclose(ours.presence.numpy(), present, rtol=0, atol=1e-6)
     np.testing.assert_allclose(ours.peak.numpy(), peak, rtol=0, atol=1e-6)
+    assert_counted(ours, names)
     return ours
+
+
+def assert_counted(read, names):
+    """The counts of a readout are those of its labels and confidence, by loops."""
+    labels, confidence = read.labels.numpy(), read.confidence.numpy()
+    by_row, by_column = np.zeros((names + 1, len(labels))), np.zeros((names + 1, labels.shape[1]))
+    certainty = np.zeros(names + 1)
+    for (row, column), label in np.ndenumerate(labels):
+        by_row[label, row] += 1
+        by_column[label, column] += 1
+        certainty[label] += confidence[row, column]
+    np.testing.assert_array_equal(read.by_row, by_row)
+    np.testing.assert_array_equal(read.by_column, by_column)
+    np.testing.assert_array_equal(read.certainty, certainty)
+    assert not any(count.is_floating_point() for count in (read.by_row, read.by_column, read.certainty))
 
 
 @settings(max_examples=60)
@@ -92,7 +107,7 @@ def test_reading_in_bands_of_rows_equals_reading_the_whole(monkeypatch, grid, si
     G, P = probabilities(tokens, 4, 0), probabilities(tokens, 4, 1)
     config = ReadoutConfig(threshold=0.4)
     whole = read_out(G, P, torch.tensor(classes), 2, grid, size, config)
-    monkeypatch.setattr(readout, "_BAND_VALUES", band)
+    monkeypatch.setattr(readout, "_CPU_BAND_VALUES", band)
     seen = [(rows, scores.clone()) for rows, scores in readout._resized(P.T.unflatten(-1, grid), size)]
     assert [row for rows, _ in seen for row in range(size[0])[rows]] == list(range(size[0]))
     assert len(seen) == math.ceil(size[0] / max(1, min(size[0], band // (4 * size[1]))))
@@ -107,7 +122,7 @@ def test_a_large_image_with_many_names_is_never_held_whole():
     maps = torch.rand((255, 4, 4))
     bands = readout._resized(maps, (2000, 1500))
     rows, scores = next(bands)
-    assert scores.numel() <= readout._BAND_VALUES
+    assert scores.numel() <= readout._CPU_BAND_VALUES
     assert rows.start == 0
 
 
@@ -156,6 +171,28 @@ def test_a_class_under_the_presence_threshold_is_nowhere_and_its_pixels_are_back
     assert labels(presence_threshold=0.81) == [[0, 0]]
     half = torch.tensor([[0.5, 0.25, 0.25]])
     assert read_one(half, [1, 2, 0], 2, presence_threshold=0.5) == (1, 128)  # at the threshold is not under it
+
+
+def test_of_equals_the_first_name_wins_and_background_last():
+    assert read_one(one_token(0.4, 0.4, 0.2), [1, 2, 0], 2) == (1, 102)
+    assert read_one(one_token(0.4, 0.2, 0.4), [0, 1, 2], 2) == (2, 102)
+    assert read_one(one_token(0.4, 0.2, 0.4), [2, 1, 0], 2) == (2, 102)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_reading_never_waits_for_the_device_and_reads_the_same_there():
+    G, P, classes = probabilities(12, 4, 0), probabilities(12, 4, 1), torch.tensor([1, 2, 2, 0])
+    config = ReadoutConfig(threshold=0.4, presence_threshold=0.1)
+    there = [x.cuda() for x in (G, P, classes)]
+    read_out(*there, 2, (3, 4), (31, 17), config)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = read_out(*there, 2, (3, 4), (31, 17), config)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    here = read_out(G, P, classes, 2, (3, 4), (31, 17), config)
+    assert (found.labels.cpu() != here.labels).float().mean() < 0.01
+    assert_counted(Readout(*(getattr(found, field.name).cpu() for field in dataclasses.fields(found))), 2)
 
 
 def test_presence_of_a_class_is_its_best_synonyms():
@@ -231,6 +268,17 @@ def test_a_wrong_configuration_is_refused_by_name(change, said):
 # --- the description of each class ------------------------------------------------------------------------------------
 
 
+def described(labels, confidence, present, peak):
+    """A readout of these labels and this confidence."""
+    count = len(present) + 1
+    by_row = np.stack([(labels == label).sum(1) for label in range(count)])
+    by_column = np.stack([(labels == label).sum(0) for label in range(count)])
+    certainty = np.array([confidence[labels == label].sum(dtype=np.int64) for label in range(count)])
+    tensors = (torch.from_numpy(x) for x in (labels, confidence))
+    counts = (torch.from_numpy(x) for x in (by_row.astype(np.int32), by_column.astype(np.int32), certainty))
+    return Readout(*tensors, present, peak, *counts)
+
+
 @settings(max_examples=60)
 @given(
     size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
@@ -244,8 +292,7 @@ def test_a_class_is_described_as_by_looking_at_its_pixels(size, count, top, seed
     confidence = rng.integers(0, 256, size, dtype=np.uint8)
     present, peak = torch.from_numpy(rng.random((2, count), dtype=np.float32))
     names = tuple(f"thing {k}" for k in range(count))
-    read = Readout(torch.from_numpy(labels), torch.from_numpy(confidence), present, peak)
-    found = describe_classes(names, labels, confidence, read)
+    found = describe_classes(names, described(labels, confidence, present, peak))
     assert [item.name for item in found] == list(names)
     assert [item.label for item in found] == list(range(1, count + 1))
     for item in found:
@@ -269,8 +316,8 @@ def test_a_class_is_described_as_by_looking_at_its_pixels(size, count, top, seed
 
 def test_a_description_of_254_classes_counts_every_pixel_once():
     labels = np.arange(255, dtype=np.uint8).reshape(15, 17)
-    read = Readout(torch.from_numpy(labels), torch.from_numpy(labels), torch.full((254,), 1.0000001), torch.ones(254))
-    found = describe_classes(tuple(f"thing {k}" for k in range(254)), labels, labels, read)
+    read = described(labels, labels, torch.full((254,), 1.0000001), torch.ones(254))
+    found = describe_classes(tuple(f"thing {k}" for k in range(254)), read)
     assert [item.area for item in found] == [1] * 254
     assert found[253].box == (16, 14, 1, 1)
     assert found[253].mean_probability == pytest.approx(254 / 255)

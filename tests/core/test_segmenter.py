@@ -5,6 +5,7 @@ How good the masks are is measured elsewhere; nothing here depends on what the w
 
 import dataclasses
 import gc
+import json
 import warnings
 import weakref
 
@@ -16,9 +17,10 @@ from torch import Tensor
 from nerve_core import ClassConfidence, Segmentation, Segmenter, Vocabulary
 from nerve_core import segmenter as rooms
 from nerve_core.embedded.scenes import NAMES, draw_scene
-from nerve_core.readout import read_out
-from nerve_core.segmenter import STAGES, describe_classes
-from nerve_core.text import embed_vocabulary
+from nerve_core.pairs import find_pair
+from nerve_core.readout import describe_classes, read_out
+from nerve_core.segmenter import STAGES
+from nerve_core.text import exhaust, vocabulary_steps
 
 # a fraction of the pair's tokens and templates: the same path in a fraction of the time
 SMALL = {"input_size": (64, 96), "short_side": 72, "templates": ("a {}.",)}
@@ -86,7 +88,7 @@ def test_a_frame_is_its_rooms_one_after_the_other(segmenter, scene):
     found = segmenter(scene.image, vocabulary)
     queries = segmenter.embed(vocabulary)
     G, Q, K = segmenter.frame(scene.image, queries)
-    rows, columns = segmenter.taps.grid
+    rows, columns = segmenter.grid
     assert G.shape == (rows * columns, len(queries.embeddings))
     assert Q.shape == K.shape
     assert Q.shape[1] == rows * columns
@@ -96,8 +98,8 @@ def test_a_frame_is_its_rooms_one_after_the_other(segmenter, scene):
     read = read_out(G, P, queries.classes, 3, (rows, columns), (120, 160), segmenter.settings.readout)
     assert (found.labels == read.labels.numpy()).all()
     assert (found.confidence_u8 == read.confidence.numpy()).all()
-    described = describe_classes(queries.names, found.labels, found.confidence_u8, read)
-    assert found.class_confidence == described
+    assert found.class_confidence == describe_classes(queries.names, read)
+    assert found.operator == "dense fused"
 
 
 def test_the_walk_changes_what_clip_alone_says(segmenter, scene):
@@ -142,13 +144,10 @@ def test_the_image_is_read_as_rgb_the_right_way_up(segmenter, scene):
     flipped = segmenter.frame(scene.image[::-1], queries)[0]
     assert (G - swapped).abs().max() > 0.01
     assert (G - flipped).abs().max() > 0.01
-    pixels = segmenter._pixels(scene.image)
-    assert pixels.shape == (1, 3, 120, 160)
-    assert torch.equal(pixels[0].permute(1, 2, 0), torch.from_numpy(scene.image).float() / 255)
 
 
 def test_an_empty_vocabulary_leaves_every_pixel_unlabelled_without_running_a_network(segmenter, scene, monkeypatch):
-    monkeypatch.setattr(segmenter.clip, "features", None)
+    monkeypatch.setattr(segmenter, "frame_part", None)
     for vocabulary in (Vocabulary([]), segmenter.embed(Vocabulary())):
         found = segmenter(scene.image, vocabulary)
         assert (found.labels == 255).all()
@@ -225,19 +224,57 @@ def test_any_memory_layout_is_read_as_the_same_image_without_a_warning(segmenter
 
 def test_a_vocabulary_is_embedded_once_and_its_embeddings_serve_in_its_place(segmenter, scene, monkeypatch):
     vocabulary = Vocabulary(["ball", "something that nobody asked for yet"])
-    calls = []
+    texts = []
     original = segmenter.text._embed
-    monkeypatch.setattr(segmenter.text, "_embed", lambda words: (calls.append(list(words)), original(words))[1])
+    monkeypatch.setattr(segmenter.text, "_embed", lambda batch: (texts.extend(batch), original(batch))[1])
     queries = segmenter.embed(vocabulary)
-    assert [word for words in calls for word in words].count("something that nobody asked for yet") == 1
-    count = len(calls)
+    assert len(texts) >= len(segmenter.text.templates)  # the new name, and negatives that no test asked for yet
+    texts.clear()
     assert segmenter.embed(vocabulary) is queries
     assert segmenter.embed(Vocabulary(["ball", "something that nobody asked for yet"])) is queries
     one, other = segmenter(scene.image, vocabulary), segmenter(scene.image, queries)
     assert same(one, other)
     assert one.names == other.names == vocabulary.names
     segmenter.embed(Vocabulary(["something that nobody asked for yet", "ball"]))  # known words, another order
-    assert len(calls) == count
+    assert not texts
+
+
+def test_frames_can_be_segmented_between_the_steps_of_a_new_vocabulary(segmenter, scene):
+    vocabulary = Vocabulary([f"gadget {number}" for number in range(200)], negatives=())
+    before = segmenter(scene.image, Vocabulary(["ball"]))
+    steps, count = segmenter.embed_steps(vocabulary), 0
+    while True:
+        try:
+            next(steps)
+        except StopIteration as done:
+            queries = done.value
+            break
+        assert vocabulary not in segmenter._vocabularies
+        count += 1
+        if count == 2:
+            assert same(segmenter(scene.image, Vocabulary(["ball"])), before)
+    assert count >= 2
+    assert segmenter.embed(vocabulary) is queries
+    for word, row in ((0, "gadget 0"), (199, "gadget 199")):
+        alone = segmenter.embed(Vocabulary([row], negatives=()))
+        torch.testing.assert_close(queries.embeddings[word], alone.embeddings[0], rtol=0, atol=1e-5)
+
+
+def test_the_walk_can_start_from_the_frame_before(cache, scene):
+    settings = {**SMALL, "previous_frame_start": True, "steps": 2}
+    warm = Segmenter.from_pretrained("embedded", device="cpu", cache_dir=cache, settings=settings)
+    cold = Segmenter.from_pretrained("embedded", device="cpu", cache_dir=cache, settings={**SMALL, "steps": 2})
+    far = Segmenter.from_pretrained("embedded", device="cpu", cache_dir=cache, settings={**SMALL, "steps": 40})
+    vocabulary, other = Vocabulary(["ball", "cube"]), Vocabulary(["door"])
+    first, limit = cold(scene.image, vocabulary), far(scene.image, vocabulary)
+    assert same(warm(scene.image, vocabulary), first)
+    for _ in range(12):
+        found = warm(scene.image, vocabulary)
+    assert not same(found, first)
+    assert np.abs(found.confidence - limit.confidence).max() < 0.02  # two steps a frame have become many
+    for change in (lambda: warm(scene.image, other), lambda: warm(scene.image[1:], vocabulary)):
+        change()
+        assert same(warm(scene.image, vocabulary), first)  # another vocabulary or size: from G again
 
 
 def test_the_pairs_negatives_are_taken_unless_the_vocabulary_has_its_own(segmenter):
@@ -247,7 +284,8 @@ def test_the_pairs_negatives_are_taken_unless_the_vocabulary_has_its_own(segment
         Vocabulary(["ball"], negatives=["sky"]),
         Vocabulary(["ball"], negatives=()),
     ):
-        expected = embed_vocabulary(vocabulary, segmenter.text, clip.negatives, mean_negative=clip.mean_negative)
+        steps = vocabulary_steps(vocabulary, segmenter.text, clip.negatives, mean_negative=clip.mean_negative)
+        expected = exhaust(steps)
         found = segmenter.embed(vocabulary)
         assert torch.equal(found.embeddings, expected.embeddings)
         assert torch.equal(found.classes, expected.classes)
@@ -267,45 +305,29 @@ def test_only_the_vocabularies_used_last_are_kept(segmenter, monkeypatch):
 def test_networks_that_overflow_are_an_error_and_not_a_mask(segmenter, scene, monkeypatch, broken):
     queries = segmenter.embed(Vocabulary(["ball", "cube"]))
     if broken == "diffusion":
-        Q, K = segmenter.taps(segmenter._pixels(scene.image))
-        monkeypatch.setattr(segmenter, "taps", Overflowing(segmenter.taps.grid, Q, K))
+        monkeypatch.setattr(segmenter.frame_part, "_tap", overflowing(segmenter.frame_part.taps))
     else:
-        monkeypatch.setattr(segmenter.clip, "_mean", segmenter.clip._mean * torch.nan)
+        clip = segmenter.frame_part.clip
+        monkeypatch.setattr(clip, "_mean", clip._mean * torch.nan)
     with pytest.raises(RuntimeError, match="overflow in float32; use precision bf16 or fp32"):
         segmenter(scene.image, queries)
 
 
-class Overflowing:
+def overflowing(taps):
     """Taps of which one value is beyond the precision."""
 
-    def __init__(self, grid, Q, K):
-        self.grid, self.Q, self.K = grid, Q.clone(), K
-        self.Q[0, 0, 0] = torch.inf
+    def broken(pixels):
+        Q, K = taps(pixels)
+        Q[0, 0, 0] = torch.inf
+        return Q, K
 
-    def __call__(self, pixels):
-        return self.Q, self.K
-
-
-@pytest.mark.parametrize(
-    ("environment", "folder"),
-    [
-        ({"NERVE_CACHE": "/n", "XDG_CACHE_HOME": "/x", "HOME": "/h"}, "/n"),
-        ({"XDG_CACHE_HOME": "/x", "HOME": "/h"}, "/x/nerve_ros"),
-        ({"HOME": "/h"}, "/h/.cache/nerve_ros"),
-    ],
-)
-def test_text_embeddings_are_kept_where_the_environment_says(monkeypatch, environment, folder):
-    for name in ("NERVE_CACHE", "XDG_CACHE_HOME", "HOME"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    assert str(rooms._cache_folder()) == folder
+    return broken
 
 
 def test_warming_up_runs_a_frame_of_the_size_asked_for(segmenter, monkeypatch):
-    seen = []
-    original = segmenter.clip.features
-    monkeypatch.setattr(segmenter.clip, "features", lambda pixels: (seen.append(pixels.shape), original(pixels))[1])
+    seen, part = [], segmenter.frame_part
+    original = part.clip.features
+    monkeypatch.setattr(part, "_look", lambda pixels: (seen.append(pixels.shape), original(pixels))[1])
     assert segmenter.warm_up((50, 70)) is None
     assert seen == [(1, 3, 50, 70)]
 
@@ -316,7 +338,7 @@ def test_a_segmenter_says_what_it_is(segmenter):
     assert segmenter.dtype == torch.float32
     line = segmenter.description
     assert "\n" not in line
-    for part in ("embedded", "cpu", "float32", f"{segmenter.taps.grid[0]} x {segmenter.taps.grid[1]} tokens"):
+    for part in ("embedded", "cpu", "float32", f"{segmenter.grid[0]} x {segmenter.grid[1]} tokens"):
         assert part in line
     assert segmenter.settings.affinity.kernel in line
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -330,11 +352,30 @@ def test_every_setting_reaches_its_room(cache, scene):
         cache_dir=cache,
         settings={**SMALL, "threshold": 1.0, "timestep": 7, "noise_seed": 3, "logit_scale": 3.0, "head": "maskclip"},
     )
-    assert changed.taps.config.timestep == 7
-    assert changed.clip.config.head == "maskclip"
+    assert changed.frame_part.taps.config.timestep == 7
+    assert changed.frame_part.clip.config.head == "maskclip"
     found = changed(scene.image, Vocabulary(["ball", "cube"]))
     assert not found.labels.any()  # nothing is certain
     assert found.confidence_u8.any()
+
+
+@pytest.mark.parametrize("faster", [True, False])
+def test_a_pair_that_asks_for_bfloat16_gets_it_on_a_cpu_that_is_faster_with_it(cache, tmp_path, monkeypatch, faster):
+    own = find_pair("embedded")
+    description = {
+        "name": "half",
+        "cpu_precision": "bf16",
+        "clip": {"location": own.clip.location},
+        "diffusion": {"location": own.diffusion.location},
+        "settings": own.settings,
+    }
+    (tmp_path / "pair.json").write_text(json.dumps(description))
+    monkeypatch.setattr(rooms, "bfloat16_is_faster", lambda *pair, **places: faster)
+    made = {"device": "cpu", "cache_dir": cache, "settings": SMALL}
+    segmenter = Segmenter.from_pretrained(str(tmp_path), **made)
+    assert segmenter.dtype == (torch.bfloat16 if faster else torch.float32)
+    assert Segmenter.from_pretrained(str(tmp_path), dtype="fp32", **made).dtype == torch.float32
+    assert Segmenter.from_pretrained("embedded", **made).dtype == torch.float32
 
 
 def test_results_are_frozen(segmenter, scene):
@@ -357,7 +398,7 @@ def test_other_heads_and_walks_run_on_the_same_pair(segmenter, cache, scene, wal
 
 def test_close_lets_the_models_go():
     segmenter = Segmenter.from_pretrained("embedded", device="cpu")
-    unet = weakref.ref(segmenter.taps.unet)
+    unet = weakref.ref(segmenter.frame_part.taps.unet)
     segmenter.warm_up((48, 64))
     segmenter.close()
     gc.collect()

@@ -22,6 +22,7 @@ KINDS = (
     "mixed",
 )
 POSITIVE_KERNELS = ("exp", "softmax", "relu", "relu_centred", "shifted")
+STOCHASTIC_KERNELS = (*POSITIVE_KERNELS, "favor")
 GRIDS = ((1, 1), (1, 2), (1, 7), (7, 1), (2, 2), (2, 3), (3, 2), (3, 5), (5, 4))
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 

@@ -62,6 +62,7 @@ REJECTED = [
     ("overlay_alpha", 1.5, "range"),
     ("overlay_alpha", math.nan, "range"),
     ("warm_up", 1, "type"),
+    ("compile", "yes", "type"),
     ("autostart", True, "read-only"),
     ("no_such_parameter", 1, "undeclared"),
 ]
@@ -84,6 +85,7 @@ ACCEPTED = [
     ("id_reuse_delay", 0.0),
     ("overlay_alpha", 1.0),
     ("warm_up", False),
+    ("compile", True),
     ("offline", True),
     ("model", "/some/folder"),
     ("revision", "main"),

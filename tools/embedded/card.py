@@ -21,9 +21,12 @@ from torch.nn import functional as F
 
 from nerve_core import Segmenter
 from nerve_core.affinity import KERNELS, AffinityConfig
+from nerve_core.diffusion import DiffusionTaps
 from nerve_core.evaluation.scenes import Refine, compare_on_scenes, nerve_refinement, no_refinement
+from nerve_core.frame import FramePart
 from nerve_core.fusion import FusionConfig, Transition, fuse
-from nerve_core.models import quiet_libraries
+from nerve_core.models import load_diffusion, quiet_libraries
+from nerve_core.pairs import find_pair
 from nerve_core.random_walk import walk_from
 
 EMBEDDED = Path(__file__).resolve().parents[2] / "nerve_core" / "embedded"
@@ -46,7 +49,7 @@ class Walks:
                 self._frame, self._fused = Q, {}
             key = (s.affinity, s.fusion)
             if key not in self._fused:
-                grid = self.segmenter.taps.grid
+                grid = self.segmenter.grid
                 self._fused[key] = fuse(Q.float(), K.float(), G, grid, s.affinity, s.fusion).transition
             return walk_from(self._fused[key], G, s.walk)
 
@@ -91,9 +94,20 @@ def rows(segmenter: Segmenter) -> dict[str, dict[str, Refine]]:
         "Steps, fixed point": {f"L = {steps}": walk(steps=steps) for steps in (0, 5, 10, 20, 40)},
         "Kernels": {kernel: walk(kernel=kernel) for kernel, rule in KERNELS.items() if rule.positive},
         "Controls": {
-            f"isotropic blur of G, sigma {sigma:g} tokens": blur(segmenter.taps.grid, sigma) for sigma in (0.5, 1, 2, 4)
+            f"isotropic blur of G, sigma {sigma:g} tokens": blur(segmenter.grid, sigma) for sigma in (0.5, 1, 2, 4)
         },
     }
+
+
+def with_random_unet(segmenter: Segmenter) -> FramePart:
+    """The segmenter's own frame part, but for a U-Net of the same architecture that has learnt nothing."""
+    part, diffusion = segmenter.frame_part, segmenter.settings.diffusion
+    source = find_pair("embedded").diffusion
+    loaded = load_diffusion(source, segmenter.device, segmenter.dtype, diffusion.taps, cache_dir=None, offline=True)
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel.from_config(loaded.unet.config).eval().requires_grad_(False)
+    taps = DiffusionTaps(loaded.vae, unet, loaded.scheduler, loaded.prompt, diffusion)
+    return FramePart(part.clip, taps, segmenter.device)
 
 
 def main(
@@ -109,9 +123,7 @@ def main(
     tables = rows(segmenter)
     flat = {f"{title}|{row}": refinement for title, parts in tables.items() for row, refinement in parts.items()}
     scores = compare_on_scenes(segmenter, seed, count, flat, progress=shown(count))
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel.from_config(segmenter.taps.unet.config).eval().requires_grad_(False)
-    segmenter.taps.unet = unet
+    segmenter.frame_part = with_random_unet(segmenter)
     control = "U-Net with random weights, full walk"
     random = compare_on_scenes(segmenter, seed, count, {control: nerve_refinement(segmenter)}, progress=shown(count))
     scores[f"Controls|{control}"] = random[control]

@@ -1,0 +1,209 @@
+"""A whole frame with a full-size pair: ours beside plain diffusers and transformers, each in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from .process import status_mb
+
+VOC = (
+    "aeroplane bicycle bird boat bottle bus car cat chair cow table dog horse motorbike person plant sheep sofa train "
+    "monitor"
+)
+"""Pascal VOC's twenty classes; with "lamp" they are the 21 names that a frame is timed with."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one process measures.
+
+    side: "ours", "plain" or "checks". pair: its name or folder. device, precision: as for `Segmenter.from_pretrained`.
+    names: how many are asked for. size: (rows, columns) of the image. frames: timed, after `warm_up` more. options:
+    more arguments of `Segmenter.from_pretrained`.
+    """
+
+    side: str
+    pair: str
+    device: str
+    precision: str | None
+    names: int
+    size: tuple[int, int]
+    frames: int
+    warm_up: int
+    options: dict[str, Any]
+
+
+def names(count: int) -> list[str]:
+    """So many names of everyday things, all different."""
+    words = [*VOC.split(), "lamp"]
+    kinds = ("", "red ", "small ", "old ", "wooden ", "broken ", "toy ", "large ")
+    return [kind + word for kind in kinds for word in words][:count]
+
+
+def picture(size: tuple[int, int]) -> np.ndarray:
+    """A smooth made-up photograph, uint8 [rows, columns, 3]."""
+    import cv2
+
+    coarse = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+    return cv2.resize(coarse, size[::-1], interpolation=cv2.INTER_CUBIC)
+
+
+def compare(
+    pair: str,
+    *,
+    device: str,
+    precision: str | None = None,
+    count: int = 21,
+    size: tuple[int, int] = (480, 640),
+    frames: int = 5,
+    warm_up: int = 1,
+    plain: bool = True,
+    options: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Our frame and, where `plain`, the plain one after it, each in its own process.
+
+    The plain side runs in float32 on the CPU and in float16 on CUDA: in what its user would. Returns what `measure`
+    says of ours, of the plain one under names that begin with "baseline_", and "speedup" and "memory_ratio".
+    """
+    task = Task("ours", pair, device, precision, count, size, frames, warm_up, options or {})
+    result = {"device": device, "names": count, "size": list(size), **measure_apart(task)}
+    if plain:
+        base = measure_apart(
+            replace(
+                task,
+                side="plain",
+                precision="fp16" if device.startswith("cuda") else "fp32",
+                frames=max(2, frames // 2),
+                options={},
+            )
+        )
+        result |= {f"baseline_{key}": value for key, value in base.items() if key != "stages"}
+        result["speedup"] = base["p50_ms"] / result["p50_ms"]
+        result["memory_ratio"] = result["peak_memory_mb"] / base["peak_memory_mb"]
+    return result
+
+
+def measure_apart(task: Task) -> dict[str, Any]:
+    """`measure` in a process of its own, so that neither side has the other's memory. Raises RuntimeError."""
+    environment = {**os.environ, "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}
+    command = [sys.executable, "-m", f"{__package__}.frame", json.dumps(asdict(task))]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"the benchmark's {task.side} side failed: {done.stderr.strip()[-2000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def measure(task: Task) -> dict[str, Any]:
+    """Load and time one side: p50 and p95 in ms, frames per second, ms per stage, peak memory in MB, load time in s.
+
+    Peak memory is CUDA's peak allocation on CUDA, and the process's greatest resident size elsewhere. On CUDA a frame
+    goes from host memory to the mask in host memory.
+    """
+    import torch
+
+    from nerve_core.models import quiet_libraries
+
+    quiet_libraries()
+    if task.side == "checks":
+        from .checks import run_checks
+
+        return run_checks(task)
+    image = picture(task.size)
+    started = time.perf_counter()
+    run, finish = (_ours if task.side == "ours" else _plain)(task)
+    loaded = time.perf_counter() - started
+    stages: dict[str, list[float]] = {}
+    totals = []
+    for number in range(task.warm_up + task.frames):
+        begun = time.perf_counter()
+        timings = run(image)
+        if number >= task.warm_up:
+            totals.append(1e3 * (time.perf_counter() - begun))
+            for stage, milliseconds in timings.items():
+                stages.setdefault(stage, []).append(milliseconds)
+    cuda = torch.device(task.device).type == "cuda"
+    peak = torch.cuda.max_memory_allocated() / 1e6 if cuda else status_mb("VmHWM")
+    return {
+        **quantiles(totals),
+        "fps": 1e3 * len(totals) / sum(totals),
+        "peak_memory_mb": peak,
+        "resident_mb": status_mb("VmRSS"),
+        "load_s": loaded,
+        "stages": {stage: quantiles(values) for stage, values in stages.items() if stage != "total"},
+        "threads": torch.get_num_threads(),
+        "frames": task.frames,
+        **finish(),
+    }
+
+
+def quantiles(values: Sequence[float]) -> dict[str, float]:
+    """{"p50_ms", "p95_ms"} of some times in ms."""
+    return {"p50_ms": float(np.quantile(values, 0.5)), "p95_ms": float(np.quantile(values, 0.95))}
+
+
+def _ours(task: Task) -> tuple[Callable[[np.ndarray], dict[str, float]], Callable[[], dict[str, Any]]]:
+    """A frame through `Segmenter`, and what there is to say of it afterwards."""
+    from nerve_core import Segmenter, Vocabulary
+
+    segmenter = Segmenter.from_pretrained(
+        task.pair,
+        device=task.device,
+        dtype=task.precision,
+        offline=True,
+        settings={"templates": ("a photo of a {}.",)},  # text is no part of a frame
+        **task.options,
+    )
+    queries = segmenter.embed(Vocabulary(names(task.names)))
+    operator = ""
+
+    def run(image: np.ndarray) -> dict[str, float]:
+        nonlocal operator
+        found = segmenter(image, queries)
+        operator = found.operator
+        return found.timings
+
+    def finish() -> dict[str, Any]:
+        return {
+            "precision": str(segmenter.dtype).removeprefix("torch."),
+            "operator": operator,
+            "model": segmenter.description,
+        }
+
+    return run, finish
+
+
+def _plain(task: Task) -> tuple[Callable[[np.ndarray], dict[str, float]], Callable[[], dict[str, Any]]]:
+    """A frame through `PlainNerve`, with text embeddings made up: they are not timed on either side."""
+    import torch
+    from torch.nn.functional import normalize
+
+    from nerve_core.pairs import find_pair
+
+    from .plain_frame import PlainNerve
+
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[task.precision or "fp32"]
+    plain = PlainNerve(find_pair(task.pair), torch.device(task.device), dtype)
+    width = plain.clip.config.projection_dim
+    queries = task.names + len(plain.settings["negatives"]) + 1
+    text = normalize(torch.randn(queries, width, generator=torch.Generator().manual_seed(0)), dim=-1)
+    text = text.to(plain.device)
+
+    def run(image: np.ndarray) -> dict[str, float]:
+        plain(image, text)
+        return {}
+
+    return run, lambda: {"precision": str(dtype).removeprefix("torch.")}
+
+
+if __name__ == "__main__":
+    arguments = json.loads(sys.argv[1])
+    print(json.dumps(measure(Task(**{**arguments, "size": tuple(arguments["size"])}))))

@@ -1,0 +1,184 @@
+"""`nerve models`: which pairs there are, and fetching and checking their weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .pairs import ModelPair, Source, find_pair, pair_names
+from .text_cache import EmbeddingCache, cache_folder
+from .weights import FILES, Download, cached_folder, check_space, fetch, hub_cache, in_words, plan
+
+models = typer.Typer(no_args_is_help=True, help="Fetch and check the weights of model pairs.")
+
+PAIR_HELP = "A pair's name, a folder with a pair.json, or CLIP+DIFFUSION, each a folder or a hub id (owner/name)."
+Pair = Annotated[str, typer.Argument(help=PAIR_HELP)]
+CacheDir = Annotated[Path | None, typer.Option(help="The hub's cache; by default HF_HUB_CACHE, or below HF_HOME.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on the last line.")]
+
+
+@models.command("list")
+def list_pairs(cache_dir: CacheDir = None, as_json: AsJson = False) -> None:
+    """Show the pairs known by name, what they are made of, and what of them is here."""
+    pairs = {name: _parts(find_pair(name), cache_dir) for name in pair_names()}
+    if as_json:
+        print(json.dumps({"pairs": pairs}))
+        return
+    table = Table(box=None, pad_edge=False)
+    table.add_column("pair", no_wrap=True)
+    table.add_column("here", justify="right", no_wrap=True)
+    table.add_column("licence", overflow="fold")
+    for name, parts in pairs.items():
+        table.add_row(f"[bold]{name}[/bold]")
+        for part in parts:
+            here = "no" if part["bytes"] is None else in_words(part["bytes"])
+            model = "comes with the package" if name == "embedded" else part["model"]
+            optional = ", optional" if part["part"] == "taesd" else ""
+            table.add_row(f"  {part['part']:<10} {model}{optional}", here, part["licence"] or "see its page")
+    console = _console()
+    console.print(table)
+    console.print("\nFetch one with: nerve models pull PAIR", highlight=False)
+
+
+@models.command()
+def pull(
+    pair: Pair,
+    full_precision: Annotated[
+        bool, typer.Option("--full-precision", help="Fetch 32-bit weights where 16-bit ones would do; twice the size.")
+    ] = False,
+    taesd: Annotated[bool, typer.Option("--taesd", help="Also fetch the optional tiny VAE encoder.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be fetched, and stop.")] = False,
+    cache_dir: CacheDir = None,
+) -> None:
+    """Fetch a pair's weights from the hub into its cache: only what is used, safetensors alone, sizes said first.
+
+    What is whole in the cache is kept, so that after an interruption the same command goes on. A token, a mirror and
+    the cache are the hub's own settings: HF_TOKEN or hf auth login, HF_ENDPOINT, HF_HUB_CACHE.
+    """
+    console = _console()
+    found = find_pair(pair)
+    downloads: dict[str, Download] = {}
+    for part, source in found.sources.items():
+        if part == "taesd" and not taesd and found.settings.get("encoder") != "taesd":
+            continue
+        if source.on_hub:
+            with console.status(f"asking for {source}"):
+                downloads[part] = plan(source, FILES[part], cache_dir=_text(cache_dir), half=not full_precision)
+        else:
+            console.print(f"{part} is the folder {source.location}: nothing to fetch", soft_wrap=True, highlight=False)
+    if not downloads:
+        return
+    console.print(_plan_table(downloads))
+    total = sum(download.bytes_absent for download in downloads.values())
+    check_space(list(downloads.values()))
+    amount = f"{in_words(total)} to fetch into" if total else "nothing to fetch: all is in"
+    console.print(f"{amount} {hub_cache(cache_dir)}", soft_wrap=True, highlight=False)
+    if dry_run:
+        return
+    for download in downloads.values():
+        fetch(download)
+    console.print(f"{found.name} is whole; check it with: nerve models verify {pair}", soft_wrap=True, highlight=False)
+
+
+@models.command()
+def verify(
+    pair: Annotated[str, typer.Argument(help=f"{PAIR_HELP} Or a folder that is a CLIP or a diffusion model.")],
+    deep: Annotated[bool, typer.Option("--deep", help="Also read every weight: none may be infinite or NaN.")] = False,
+    cache_dir: CacheDir = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check that a pair's files are what its networks need; exit code 1 if not. Nothing is fetched."""
+    from .models import quiet_libraries
+    from .verify import verify as check  # imports the model libraries, which takes seconds
+
+    quiet_libraries()
+    findings = check(pair, cache_dir=_text(cache_dir), deep=deep)
+    faults = sum(finding.kind == "fault" for finding in findings)
+    if as_json:
+        print(json.dumps({"ok": not faults, "findings": [dataclasses.asdict(finding) for finding in findings]}))
+    else:
+        console = _console()
+        marks = {"fact": "[green]ok[/green]", "note": "[yellow]note[/yellow]", "fault": "[bold red]fault[/bold red]"}
+        for finding in findings:
+            console.print(marks[finding.kind], end="  " + " " * (5 - len(finding.kind.replace("fact", "ok"))))
+            console.print(f"{finding.place}: {finding.text}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"{faults} faults" if faults else f"{pair} is whole and fits together", highlight=False)
+    if faults:
+        raise typer.Exit(1)
+
+
+@models.command()
+def path(
+    pair: Annotated[str | None, typer.Argument(help=PAIR_HELP)] = None,
+    cache_dir: CacheDir = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print the folders in use: the hub's cache, the cache of text embeddings, and those of a pair."""
+    folders: dict[str, str | None] = {"hub cache": str(hub_cache(cache_dir)), "text cache": str(cache_folder())}
+    if pair is not None:
+        for part, source in find_pair(pair).sources.items():
+            folder = _folder(part, source, cache_dir)
+            folders[part] = None if folder is None else str(folder)
+    if as_json:
+        print(json.dumps(folders))
+        return
+    for name, folder in folders.items():
+        print(f"{name:<12}{folder or 'not in the cache: nerve models pull ' + str(pair)}")
+
+
+@models.command("clear-cache")
+def clear_cache() -> None:
+    """Empty the cache of text embeddings; weights stay (hf cache removes those)."""
+    folder = cache_folder()
+    freed = EmbeddingCache(folder).clear()
+    _console().print(f"{in_words(freed)} freed in {folder}", soft_wrap=True, highlight=False)
+
+
+def _console() -> Console:
+    """Standard output as it is now: what these commands print is their result."""
+    return Console()
+
+
+def _text(folder: Path | None) -> str | None:
+    return None if folder is None else str(folder.expanduser())
+
+
+def _folder(part: str, source: Source, cache_dir: Path | None) -> Path | None:
+    """A source's folder if it is here, whole."""
+    if source.on_hub:
+        return cached_folder(source, FILES[part], _text(cache_dir))
+    return Path(source.location) if Path(source.location).is_dir() else None
+
+
+def _parts(pair: ModelPair, cache_dir: Path | None) -> list[dict[str, Any]]:
+    """What a pair is made of, as plain values; bytes: of the files that are used, None where they are not here."""
+    parts = []
+    for part, source in pair.sources.items():
+        folder = _folder(part, source, cache_dir)
+        size = None
+        if folder is not None:
+            present = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
+            size = sum((folder / name).stat().st_size for name in FILES[part].choose(present, half=True))
+        parts.append({"part": part, "model": str(source), "licence": source.licence, "bytes": size})
+    return parts
+
+
+def _plan_table(downloads: dict[str, Download]) -> Table:
+    """Every file that is used, its size, and whether it is here."""
+    table = Table()
+    table.add_column("file")
+    table.add_column("size", justify="right")
+    table.add_column("")
+    for part, download in downloads.items():
+        absent = {file.name for file in download.absent}
+        table.add_row(f"[bold]{part}: {download.source}[/bold]", in_words(sum(f.size for f in download.files)), "")
+        for file in download.files:
+            table.add_row(f"  {file.name}", in_words(file.size), "fetch" if file.name in absent else "here")
+        table.add_section()
+    return table
