@@ -122,10 +122,10 @@ def test_compiled_networks_return_the_same(tmp_path, image, monkeypatch, caplog)
     monkeypatch.setattr("nerve_core._layers._packs", lambda dtype: False)  # as on a device without oneDNN's layers
     part = Segmenter.from_pretrained("embedded", device="cpu", cache_dir=tmp_path, settings=SMALL).frame_part
     expected, original = part(image), torch.compile
-    monkeypatch.setattr(
-        torch, "compile", lambda function, **options: original(function, backend="aot_eager", **options)
-    )
-    part._look, part._tap = frame._Compiled(part.clip.features), frame._Compiled(part.taps)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: original(function, backend="aot_eager"))
+    part._look = frame._Compiled(part.clip.features)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: original(function, backend="eager"))
+    part._tap = frame._Compiled(part.taps)  # aot_eager itself fails on group norms of images with channels last
     with caplog.at_level(logging.WARNING):
         assert_same(part(image), expected)
     assert not caplog.records  # it was really compiled
