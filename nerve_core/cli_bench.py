@@ -175,7 +175,7 @@ def _frame_table(found: dict[str, Any]) -> Table:
     """Both sides, and our stages."""
     table = Table(
         title=f"{found['model']}; {found['names']} names, {found['size'][1]} x {found['size'][0]} pixels, "
-        f"{found['threads']} threads, random or real weights alike",
+        f"{found['threads']} threads",
         title_justify="left",
     )
     table.add_column("")

@@ -1,7 +1,14 @@
-"""What every test of the core shares: one thread, and property tests that no slow machine can time out."""
+"""What every test of the core shares: one thread, no time limits on property tests, nothing of the user's, a pair."""
 
+import os
+import shutil
+from pathlib import Path
+
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+from small_models import save_pair
 
 torch.set_num_threads(1)
 settings.register_profile(
@@ -11,3 +18,22 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.load_profile("core")
+
+
+@pytest.fixture(autouse=True)
+def nothing_of_the_users(tmp_path, monkeypatch):
+    """No test sees what a user has cached, nor the network."""
+    monkeypatch.setenv("NERVE_CACHE", str(tmp_path / "nerve cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def whole_pair(tmp_path_factory) -> Path:
+    """The small pair as a folder, to be left as it is."""
+    return save_pair(tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture
+def pair(whole_pair, tmp_path) -> Path:
+    """A copy of the small pair that a test may damage; its files are hard links until `replace` is used."""
+    return Path(shutil.copytree(whole_pair, tmp_path / "pair", copy_function=os.link))

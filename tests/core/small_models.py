@@ -169,6 +169,12 @@ def save_pair(folder: Path) -> Path:
     return folder
 
 
+def replace(file: Path, content: bytes) -> None:
+    """Give a file of a copied pair another content; the one it may be linked to stays as it is."""
+    file.unlink(missing_ok=True)
+    file.write_bytes(content)
+
+
 @contextmanager
 def outputs_of(modules: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
     """Collect what modules return while the block runs, by name."""

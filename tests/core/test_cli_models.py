@@ -17,14 +17,8 @@ from nerve_core import text_cache, weights
 from nerve_core.cli import main
 from nerve_core.pairs import pair_names
 from nerve_core.weights import CLIP_FILES
-from small_models import save_pair
 
 NAMES = {"clip": "someone/small-clip", "diffusion": "someone/small-diffusion"}
-
-
-@pytest.fixture(scope="module")
-def whole_pair(tmp_path_factory):
-    return save_pair(tmp_path_factory.mktemp("pair"))
 
 
 @pytest.fixture

@@ -5,14 +5,13 @@ import logging
 import os
 import pickle
 import shutil
-from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 from diffusers import AutoencoderTiny
 
-from nerve_core import ModelError, Segmenter, models, weights
+from nerve_core import ModelError, Segmenter, models
 from nerve_core.diffusion import DiffusionConfig, DiffusionTaps, noise_levels
 from nerve_core.models import load_clip, load_diffusion, quiet_libraries
 from nerve_core.pairs import Source
@@ -22,7 +21,7 @@ from small_models import (
     byte_tokenizer,
     enliven,
     picture,
-    save_pair,
+    replace,
     small_clip,
     small_text_encoder,
     small_vae,
@@ -35,36 +34,6 @@ WEIGHTS = {
     "vae": "diffusion/vae/diffusion_pytorch_model.safetensors",
     "text_encoder": "diffusion/text_encoder/model.safetensors",
 }
-
-
-@pytest.fixture(scope="module")
-def whole_pair(tmp_path_factory):
-    return save_pair(tmp_path_factory.mktemp("pair"))
-
-
-@pytest.fixture(autouse=True)
-def caches(tmp_path, monkeypatch):
-    """No test sees what a user has cached, nor the network."""
-    monkeypatch.setenv("NERVE_CACHE", str(tmp_path / "nerve cache"))
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-
-    def refuse(*arguments, local_files_only, **options):
-        assert local_files_only, "a test asked the hub"
-        return original(*arguments, local_files_only=True, **options)
-
-    original = weights.snapshot_download
-    monkeypatch.setattr(weights, "snapshot_download", refuse)
-
-
-@pytest.fixture
-def pair(whole_pair, tmp_path):
-    """A copy of the small pair that a test may damage; weights are hard links until replaced."""
-    return Path(shutil.copytree(whole_pair, tmp_path / "pair", copy_function=os.link))
-
-
-def replace(path, content: bytes):
-    path.unlink()
-    path.write_bytes(content)
 
 
 def load(folder, **options):

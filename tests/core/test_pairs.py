@@ -1,8 +1,6 @@
 """Model pairs: which are known, what a description may say, and that every refusal says where it looked."""
 
 import json
-import os
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,30 +9,7 @@ import pytest
 from nerve_core import ModelError, Segmenter, Vocabulary
 from nerve_core.pairs import Source, find_pair, pair_names
 from nerve_core.settings import Settings
-from small_models import PAIR_SETTINGS, save_pair
-
-
-@pytest.fixture(scope="module")
-def whole_pair(tmp_path_factory):
-    return save_pair(tmp_path_factory.mktemp("pair"))
-
-
-@pytest.fixture(autouse=True)
-def caches(tmp_path, monkeypatch):
-    """No test sees what a user has cached, nor the network."""
-    monkeypatch.setenv("NERVE_CACHE", str(tmp_path / "nerve cache"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-
-@pytest.fixture
-def pair(whole_pair, tmp_path):
-    """A copy of the small pair that a test may damage; weights are hard links until replaced."""
-    return Path(shutil.copytree(whole_pair, tmp_path / "pair", copy_function=os.link))
-
-
-def replace(path, content: bytes):
-    path.unlink()
-    path.write_bytes(content)
+from small_models import PAIR_SETTINGS, replace
 
 
 def describe(pair, **changes):

@@ -1,7 +1,6 @@
 """Checking a pair's files: a whole one passes, and every way in which files go wrong is told in a sentence."""
 
 import json
-import os
 import pickle
 import re
 import resource
@@ -17,33 +16,12 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
 
 from nerve_core import ModelError, Segmenter
 from nerve_core.verify import verify
-from small_models import PAIR_SETTINGS, byte_tokenizer, narrow_sd21_unet, save_pair, sd_scheduler, small_vae
+from small_models import PAIR_SETTINGS, byte_tokenizer, narrow_sd21_unet, replace, sd_scheduler, small_vae
 
 CLIP = "clip/model.safetensors"
 UNET = "diffusion/unet/diffusion_pytorch_model.safetensors"
 VAE = "diffusion/vae/diffusion_pytorch_model.safetensors"
 TEXT = "diffusion/text_encoder/model.safetensors"
-
-
-@pytest.fixture(scope="module")
-def whole_pair(tmp_path_factory):
-    return save_pair(tmp_path_factory.mktemp("pair"))
-
-
-@pytest.fixture(autouse=True)
-def caches(tmp_path, monkeypatch):
-    monkeypatch.setenv("NERVE_CACHE", str(tmp_path / "nerve cache"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-
-@pytest.fixture
-def pair(whole_pair, tmp_path):
-    return Path(shutil.copytree(whole_pair, tmp_path / "pair", copy_function=os.link))
-
-
-def replace(path, content: bytes):
-    path.unlink(missing_ok=True)
-    path.write_bytes(content)
 
 
 def describe(path, **changes):

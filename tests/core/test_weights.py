@@ -31,17 +31,11 @@ from nerve_core.weights import (
     plan,
     weight_file,
 )
-from small_models import save_pair
 
 NAMES = {"clip": "someone/small-clip", "diffusion": "someone/small-diffusion"}
 CLIP, DIFFUSION = Source(NAMES["clip"]), Source(NAMES["diffusion"])
 UNET = "unet/diffusion_pytorch_model.safetensors"
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def whole_pair(tmp_path_factory):
-    return save_pair(tmp_path_factory.mktemp("pair"))
 
 
 @pytest.fixture
