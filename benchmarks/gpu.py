@@ -19,6 +19,7 @@ from rich.console import Console
 
 from nerve_core.models import quiet_libraries
 
+from .ceiling import ceiling
 from .frame import Task, compare, measure_apart
 from .random_pair import write_random_pair
 from .walk import compare_walks
@@ -33,6 +34,7 @@ def main(
     folder: Annotated[Path | None, typer.Option(help="Keep the random pair here, and take it from here.")] = None,
     device: str = "cuda",
     frames: Annotated[int, typer.Option(min=3, help="Frames timed a case.")] = 100,
+    grid: Annotated[int, typer.Option(min=4, help="Tokens a side of the walk's grid.")] = 64,
     compile: Annotated[bool, typer.Option(help="Time torch.compile too, which takes minutes more.")] = False,
 ) -> None:
     """Measure frames, the vocabulary and the walk on one GPU."""
@@ -42,7 +44,7 @@ def main(
         if not (place / "pair.json").is_file():
             with console.status(f"writing {pair} with random weights to {place}"):
                 write_random_pair(pair, place)
-        figures: dict[str, Any] = {"machine": machine(device), "pair": pair, "frames": {}}
+        figures: dict[str, Any] = {"machine": machine(device), "ceiling": ceiling(device), "pair": pair, "frames": {}}
         cases: dict[str, dict[str, Any]] = {
             "21 names, 640 x 480": {"plain": True},
             "60 names": {"count": 60},
@@ -64,7 +66,7 @@ def main(
             task = Task("checks", str(place), device, "fp16", 21, VGA, 0, 0, {})
             figures["checks"] = measure_apart(task)
         with console.status("the walk"):
-            figures["walk"] = compare_walks(grid=64, names=21, device=device)
+            figures["walk"] = compare_walks(grid, 21, device)
     out.write_text(json.dumps(figures, indent=2))
     print(table(figures))
 
@@ -75,7 +77,7 @@ def machine(device: str) -> dict[str, str]:
     import transformers
 
     return {
-        "gpu": torch.cuda.get_device_name(device),
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.machine(),
         "cuda": str(torch.version.cuda),
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
@@ -104,7 +106,8 @@ def table(figures: dict[str, Any]) -> str:
     lines += ["", "| stage (networks in turn) | p50 ms | p95 ms |", "|---|---|---|"]
     for stage, row in figures["frames"]["21 names, networks in turn"]["stages"].items():
         lines.append(f"| {stage} | {row['p50_ms']:.2f} | {row['p95_ms']:.2f} |")
-    lines += ["", *(f"- {name}: {value}" for part in ("checks", "walk") for name, value in figures[part].items())]
+    said = {**figures["ceiling"], **figures["checks"], **figures["walk"]}
+    lines += ["", *(f"- {name}: {value:.4g}" for name, value in said.items() if isinstance(value, (int, float)))]
     return "\n".join(lines)
 
 

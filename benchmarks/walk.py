@@ -9,7 +9,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ ERROR = 1e-3
 """In L1, of the worst row, against the side's own limit."""
 KERNEL = "softmax"
 """The full-size pairs' own kernel."""
-LOW_RANK_KERNELS = {"low rank": "favor", "low rank, shifted": "shifted"}
+LOW_RANK_KERNELS = {"low rank": "shifted", "favor": "favor"}
 SCALING_GRIDS = (32, 48, 64, 96, 128)
 LARGE_GRID, LARGE_NAMES = 128, 60
 MAX_STEPS = 200
@@ -200,9 +200,10 @@ def peak_memory(problem: Problem, side: str, steps: dict[str, int]) -> float:
     return status_mb("VmHWM") - before
 
 
-def fitted_exponent(tokens: Sequence[float], milliseconds: Sequence[float]) -> float:
-    """The slope of log time over log N, by least squares."""
-    return float(np.polyfit(np.log(tokens), np.log(milliseconds), 1)[0])
+def fitted_exponent(milliseconds: dict[str, float]) -> float:
+    """The slope of log time over log N, by least squares, for times by the side of a square grid."""
+    tokens = [int(grid) ** 2 for grid in milliseconds]
+    return float(np.polyfit(np.log(tokens), np.log(list(milliseconds.values())), 1)[0])
 
 
 @torch.inference_mode()
@@ -247,15 +248,17 @@ def compare_walks(
         "speedup_vs_chain": times["chain"] / times["nerve"],
         "speedup_vs_iseg": times["iseg"] / times["nerve"],
         "speedup_low_rank_vs_chain": times["chain"] / times["low rank"],
+        "speedup_favor_vs_chain": times["chain"] / times["favor"],
         "memory_vs_dense": memory["nerve"] / memory["dense"],
-        "exponent": fitted_exponent([side * side for side in scaling], list(scaling.values())),
+        "exponent": fitted_exponent(scaling["low rank"]),
+        "exponent_favor": fitted_exponent(scaling["favor"]),
         "times_ms": times,
         "memory_mb": memory,
         "steps": steps | {"iseg": plain_walks.ISEG_PRODUCTS, "chain": problem.heads},
         "errors": errors,
         "kernels": kernels,
         "operators": {side: problem.refine(Q, K, G, kernel, steps[side]).operator for side, kernel in kernels.items()},
-        "scaling_ms": {str(side): value for side, value in scaling.items()},
+        "scaling_ms": scaling,
         "effective_tokens": effective_tokens(Q, K),
         "problem": asdict(problem),
         "repeats": repeats,
@@ -276,18 +279,19 @@ def compare_walks(
     return result
 
 
-def _scaling(problem: Problem, steps: dict[str, int], repeats: int) -> dict[int, float]:
-    """Median ms of the low-rank walk, forced, by the grid's side."""
+def _scaling(problem: Problem, steps: dict[str, int], repeats: int) -> dict[str, dict[str, float]]:
+    """Median ms of each low-rank walk, forced, by the grid's side."""
 
-    def walk(side: int) -> Callable[[], Any]:
-        sized = Problem(**{**asdict(problem), "grid": side})
-        inputs, kernel = sized.draw(), LOW_RANK_KERNELS["low rank"]
-        return lambda: sized.refine(*inputs, kernel, steps["low rank"], operator="low rank")
+    def walk(side: str, grid: int) -> Callable[[], Any]:
+        sized = Problem(**{**asdict(problem), "grid": grid})
+        inputs = sized.draw()
+        return lambda: sized.refine(*inputs, LOW_RANK_KERNELS[side], steps[side], operator="low rank")
 
-    walks = {side: walk(side) for side in SCALING_GRIDS}
+    walks = {(side, grid): walk(side, grid) for side in LOW_RANK_KERNELS for grid in SCALING_GRIDS}
     for run in walks.values():
         run()
-    return interleaved(walks, problem.device, repeats)
+    times = interleaved(walks, problem.device, repeats)
+    return {side: {str(grid): times[side, grid] for grid in SCALING_GRIDS} for side in LOW_RANK_KERNELS}
 
 
 def _large(problem: Problem, steps: dict[str, int]) -> dict[str, Any]:

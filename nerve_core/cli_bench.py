@@ -60,7 +60,7 @@ def _walk_table(found: dict[str, Any]) -> Table:
     titles = {
         "nerve": "NERVE",
         "low rank": "NERVE",
-        "low rank, shifted": "NERVE",
+        "favor": "NERVE",
         "iseg": "iSeg",
         "dense": "dense, per head",
         "dense, heads fused": "dense, heads fused",
@@ -100,12 +100,13 @@ def _print_ratios(found: dict[str, Any]) -> None:
         f"iSeg; it takes {found['memory_vs_dense']:.2f} of dense's memory.",
         highlight=False,
     )
-    ms = ", ".join(f"{value:.0f} at {side}" for side, value in found["scaling_ms"].items())
-    console.print(
-        f"Low rank is {found['speedup_low_rank_vs_chain']:.0f} times as fast as the chain; its time grows as N to the "
-        f"{found['exponent']:.2f} (ms by tokens a side: {ms}).",
-        highlight=False,
-    )
+    for title, suffix, side in (("Low rank", "low_rank", "low rank"), ("With random features, it", "favor", "favor")):
+        ms = ", ".join(f"{value:.0f} at {grid}" for grid, value in found["scaling_ms"][side].items())
+        console.print(
+            f"{title} is {found[f'speedup_{suffix}_vs_chain']:.0f} times as fast as the chain; its time grows as N to "
+            f"the {found['exponent_favor' if side == 'favor' else 'exponent']:.2f} (ms by tokens a side: {ms}).",
+            highlight=False,
+        )
     large = found.get("large", {})
     for side, row in large.get("sides", {}).items():
         console.print(

@@ -124,7 +124,7 @@ class NerveNode(LifecycleNode):
         super().__init__("nerve", **kwargs)
         self.state = "unconfigured"
         self.transition_error = ""
-        self._stage = ""
+        self._stage = self._operator = ""
         self._segmenter: Segmenter | None = None
         self._pair_settings: Settings | None = None
         self._applied: NodeConfig | None = None
@@ -452,6 +452,7 @@ class NerveNode(LifecycleNode):
         converted = time.perf_counter()
         segmentation = self._segmenter(image, snapshot.embeddings)
         computed = time.perf_counter()
+        self._operator = segmentation.operator
         if self.state != "active" or not self.context.ok():
             self._health.dropped()
             return
@@ -508,6 +509,7 @@ class NerveNode(LifecycleNode):
             "model": segmenter.pair_name if segmenter else self._config.model,
             "device": str(segmenter.device) if segmenter else "",
             "precision": str(segmenter.dtype) if segmenter else "",
+            "operator": self._operator,
             "image_topic": self._image_topic,
             "vocabulary": _listed([name for name in self._config.vocabulary if name]),
         }
