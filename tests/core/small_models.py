@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -129,6 +129,12 @@ def small_vae(seed: int = 4) -> AutoencoderKL:
         sample_size=64,
     )
     return enliven(vae, seed)
+
+
+def small_taesd(seed: int = 6, **more: int) -> AutoencoderTiny:
+    """The tiny encoder that may stand in for a VAE's, narrowed: a latent cell is 8 x 8 pixels."""
+    widths = (8, 8, 8, 8)
+    return enliven(AutoencoderTiny(encoder_block_out_channels=widths, decoder_block_out_channels=widths, **more), seed)
 
 
 def sd_scheduler() -> DDIMScheduler:

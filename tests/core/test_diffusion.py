@@ -11,7 +11,6 @@ import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
-    AutoencoderTiny,
     DDIMScheduler,
     EulerDiscreteScheduler,
     PNDMScheduler,
@@ -38,12 +37,12 @@ from small_models import (
     POSITIONS,
     WIDTH,
     byte_tokenizer,
-    enliven,
     narrow_sd15_unet,
     narrow_sd21_unet,
     outputs_of,
     picture,
     sd_scheduler,
+    small_taesd,
     small_text_encoder,
     small_vae,
 )
@@ -275,7 +274,6 @@ SD_VAE = {
     "up_block_types": ("UpDecoderBlock2D",) * 4,
     "layers_per_block": 2,
 }
-TAESD_SIZES = {"encoder_block_out_channels": (8, 8, 8, 8), "decoder_block_out_channels": (8, 8, 8, 8)}
 
 
 def on_meta(kind, options):
@@ -311,7 +309,7 @@ def test_the_true_architectures_have_their_heads_and_keep_a_stated_share(options
 
 def test_a_tiny_encoder_in_the_vaes_place_gives_its_own_latent(sd15, prompt):
     torch.manual_seed(0)
-    tiny = enliven(AutoencoderTiny(**TAESD_SIZES), 6)
+    tiny = small_taesd()
     taps = front(tiny, sd15, prompt, input_size=(64, 128), encoder="taesd")
     image = picture(64, 128)
     scheduler = sd_scheduler()
@@ -328,9 +326,9 @@ def test_the_encoder_that_is_set_and_the_one_that_is_loaded_must_be_the_same(sd1
     with pytest.raises(ValueError, match="encoder is 'taesd' and the network is a AutoencoderKL"):
         front(vae, sd15, prompt, input_size=(64, 64), encoder="taesd")
     with pytest.raises(ValueError, match="encoder is 'vae' and the network is a AutoencoderTiny"):
-        front(AutoencoderTiny(**TAESD_SIZES), sd15, prompt, input_size=(64, 64))
+        front(small_taesd(), sd15, prompt, input_size=(64, 64))
     with pytest.raises(ValueError, match="latents of 8 channels and the U-Net takes 4"):
-        front(AutoencoderTiny(**TAESD_SIZES, latent_channels=8), sd15, prompt, input_size=(64, 64), encoder="taesd")
+        front(small_taesd(latent_channels=8), sd15, prompt, input_size=(64, 64), encoder="taesd")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -6,12 +6,13 @@ import os
 import pickle
 import shutil
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 from diffusers import AutoencoderTiny
 
-from nerve_core import ModelError, Segmenter, models
+from nerve_core import ModelError, Segmenter, Vocabulary, models
 from nerve_core.diffusion import DiffusionConfig, DiffusionTaps, noise_levels
 from nerve_core.models import load_clip, load_diffusion, quiet_libraries
 from nerve_core.pairs import Source
@@ -19,10 +20,10 @@ from nerve_core.settings import Settings
 from small_models import (
     PAIR_SETTINGS,
     byte_tokenizer,
-    enliven,
     picture,
     replace,
     small_clip,
+    small_taesd,
     small_text_encoder,
     small_vae,
 )
@@ -184,8 +185,7 @@ def test_half_precision_files_are_read_for_half_precision_alone_and_where_there_
 
 
 def test_a_tiny_encoder_is_read_in_the_vaes_place(pair, tmp_path):
-    sizes = {"encoder_block_out_channels": (8, 8, 8, 8), "decoder_block_out_channels": (8, 8, 8, 8)}
-    tiny = enliven(AutoencoderTiny(**sizes), 6)
+    tiny = small_taesd()
     tiny.save_pretrained(tmp_path / "tiny")
     (pair / WEIGHTS["vae"]).unlink()  # the model's own is not read
     loaded = load_parts(pair, "diffusion", taesd=Source(str(tmp_path / "tiny")))
@@ -395,3 +395,21 @@ def test_the_libraries_are_quiet(capfd):
             library.set_verbosity(level)
             library.enable_progress_bar()
         logging.getLogger("huggingface_hub").setLevel(hub)
+
+
+def test_the_tiny_encoder_serves_a_whole_frame_where_the_settings_ask_for_it(pair):
+    small_taesd().save_pretrained(pair / "tiny")
+    description = json.loads((pair / "pair.json").read_text()) | {"taesd": {"location": "tiny"}}
+    replace(pair / "pair.json", json.dumps(description).encode())
+    image = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    vocabulary = Vocabulary(["ball", "cube"])
+    own, tiny = load(pair), load(pair, settings={"encoder": "taesd"})
+    assert isinstance(tiny.frame_part.taps.vae, AutoencoderTiny)
+    (_, Q, _), (_, other, _) = (segmenter.frame(image, segmenter.embed(vocabulary)) for segmenter in (own, tiny))
+    assert (Q - other).abs().max() > 0.1  # another latent
+    assert tiny(image, vocabulary).labels.shape == (20, 30)
+
+
+def test_a_pair_without_a_tiny_encoder_says_so(pair):
+    with pytest.raises(ModelError, match=r"pair\.json names no taesd; use encoder 'vae', or name one"):
+        load(pair, settings={"encoder": "taesd"})
