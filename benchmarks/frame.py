@@ -98,7 +98,8 @@ def measure_apart(task: Task) -> dict[str, Any]:
     command = [sys.executable, "-m", f"{__package__}.frame", json.dumps(asdict(task))]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode != 0:
-        raise RuntimeError(f"the benchmark's {task.side} side failed: {done.stderr.strip()[-2000:]}")
+        reason = done.stderr.strip().splitlines() or [f"it ended with exit code {done.returncode}"]
+        raise RuntimeError(f"the benchmark's {task.side} side failed: {reason[-1]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 

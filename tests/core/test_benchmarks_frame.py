@@ -1,6 +1,7 @@
 """The frame benchmark: its plain side computes the same masks, and its random pairs have the true architectures."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from nerve_benchmarks.frame import names, picture
 from nerve_benchmarks.plain_frame import PlainNerve
 from nerve_benchmarks.random_pair import ARCHITECTURES, Architecture, write_random_pair
 from nerve_core import Segmenter, Vocabulary
+from nerve_core.cli import main
 from nerve_core.pairs import find_pair, pair_names
 
 _TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
@@ -61,3 +63,51 @@ def test_every_full_size_pair_has_an_architecture_to_time():
 @pytest.mark.parametrize("count", [1, 21, 60, 150])
 def test_names_are_different(count):
     assert len(set(names(count))) == count
+
+
+@pytest.fixture
+def nerve(monkeypatch, capsys):
+    """Run `nerve bench frame` in this process: exit code, standard output, standard error."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["nerve", "bench", "frame", "--device", "cpu", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        printed = capsys.readouterr()
+        return int(ended.value.code or 0), printed.out, printed.err
+
+    return run
+
+
+def test_the_command_measures_both_sides_in_processes_of_their_own(pair, nerve):
+    code, out, err = nerve("--model", pair, "--frames", 2, "--names", 3, "--size", "128x96", "--json")
+    assert code == 0, err
+    found = json.loads(out.splitlines()[-1])
+    for key in ("p50_ms", "p95_ms", "fps", "peak_memory_mb", "load_s", "baseline_p50_ms", "baseline_peak_memory_mb"):
+        assert found[key] > 0
+    assert {"clip", "diffusion", "probabilities", "refine", "readout"} < set(found["stages"])
+    assert sum(stage["p50_ms"] for stage in found["stages"].values()) == pytest.approx(found["p50_ms"], rel=0.5)
+    assert found["speedup"] == found["baseline_p50_ms"] / found["p50_ms"]
+    assert (found["baseline_precision"], found["operator"]) == ("float32", "dense fused")
+    assert "plain diffusers + transformers" in err
+
+
+def test_a_side_that_fails_is_told_with_its_reason(nerve, tmp_path):
+    code, _, err = nerve("--model", tmp_path, "--no-plain")
+    assert code == 2
+    assert "the benchmark's ours side failed" in err
+    assert "pair.json" in err
+
+
+@pytest.mark.parametrize("size", ["640", "640x", "0x480", "axb", "640x480x3", ""])
+def test_a_size_that_is_none_is_refused(nerve, size):
+    code, _, err = nerve("--size", size)
+    assert code == 2
+    assert "write WIDTHxHEIGHT, as in 640x480" in err
+
+
+def test_weights_are_made_up_only_for_architectures_that_are_known(nerve):
+    code, _, err = nerve("--random-weights", "--model", "embedded")
+    assert code == 2
+    assert "no architecture is known for 'embedded'; choose one of sd21-clipl14" in err
