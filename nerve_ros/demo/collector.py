@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 import zlib
@@ -12,13 +11,13 @@ import numpy as np
 import rclpy
 from diagnostic_msgs.msg import DiagnosticArray
 from lifecycle_msgs.srv import GetState
-from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 from rclpy.signals import SignalHandlerOptions
 from sensor_msgs.msg import Image
 from std_msgs.msg import Header
 from vision_msgs.msg import LabelInfo
 
+from nerve_ros.demo.spinning import Spinning
 from nerve_ros.msg import ClassConfidenceArray
 
 NODE = "nerve"
@@ -83,25 +82,17 @@ class Collector:
         subscribe(DiagnosticArray, "/diagnostics", self._on_diagnostics, _DEEP)
         self._get_state = self._node.create_client(GetState, f"{NODE}/get_state")
         self._node.create_timer(0.25, self._ask_state)
-        self._executor = SingleThreadedExecutor()
-        self._executor.add_node(self._node)
-        self._thread = threading.Thread(target=self._spin, daemon=True)
-        self._thread.start()
+        self._spinning = Spinning(self._node)
 
     def close(self) -> None:
         """Stop listening."""
-        self._executor.shutdown(timeout_sec=2.0)
-        self._thread.join(2.0)
+        self._spinning.close()
         rclpy.try_shutdown()
 
     def heard(self) -> Heard:
         """What came in until now."""
         with self._lock:
             return replace(self._heard, answers=dict(self._heard.answers))
-
-    def _spin(self) -> None:
-        with contextlib.suppress(ExternalShutdownException):
-            self._executor.spin()
 
     def _ask_state(self) -> None:
         """Ask for the state until it is active; a node that configures answers when it is done."""

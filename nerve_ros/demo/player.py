@@ -14,10 +14,8 @@ T is the steady clock (seconds), which all processes of a machine share.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Annotated, TextIO
@@ -27,7 +25,6 @@ import numpy as np
 import rclpy
 import typer
 from builtin_interfaces.msg import Time
-from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 from rclpy.serialization import deserialize_message
 from rclpy.utilities import remove_ros_args
@@ -37,6 +34,7 @@ from vision_msgs.msg import LabelInfo
 
 from nerve_ros.demo.recording import Recording, RecordingError, read_recording
 from nerve_ros.demo.schedule import Asking, load_schedule, usual_schedule
+from nerve_ros.demo.spinning import Spinning
 from nerve_ros.msg import Vocabulary
 
 SETTLE = 0.5
@@ -61,15 +59,11 @@ class Player:
         self._vocabulary = self._node.create_publisher(Vocabulary, "vocabulary", _LATCHED)
         self._classes: set[str] = set()
         self._node.create_subscription(LabelInfo, "segmentation/label_info", self._on_label_info, _LATCHED)
-        self._executor = SingleThreadedExecutor()
-        self._executor.add_node(self._node)
-        self._thread = threading.Thread(target=self._spin, daemon=True)
-        self._thread.start()
+        self._spinning = Spinning(self._node)
 
     def close(self) -> None:
         """Stop and give everything back."""
-        self._executor.shutdown(timeout_sec=2.0)
-        self._thread.join(2.0)
+        self._spinning.close()
 
     def ask(self, asking: Asking) -> None:
         """Publish a vocabulary."""
@@ -130,10 +124,6 @@ class Player:
 
     def _on_label_info(self, message: LabelInfo) -> None:
         self._classes = {entry.class_name.casefold() for entry in message.class_map}
-
-    def _spin(self) -> None:
-        with contextlib.suppress(ExternalShutdownException):
-            self._executor.spin()
 
 
 def _image_message(header: Header, image: np.ndarray) -> Image:
