@@ -13,7 +13,7 @@ from rich.table import Table
 
 from .pairs import ModelPair, Source, find_pair, pair_names
 from .text_cache import EmbeddingCache, cache_folder
-from .weights import FILES, Download, cached_folder, check_space, fetch, hub_cache, in_words, plan
+from .weights import FILES, Download, cached_folder, check_space, fetch, file_names, hub_cache, in_words, plan
 
 models = typer.Typer(no_args_is_help=True, help="Fetch and check the weights of model pairs.")
 
@@ -163,8 +163,8 @@ def _parts(pair: ModelPair, cache_dir: Path | None) -> list[dict[str, Any]]:
         folder = _folder(part, source, cache_dir)
         size = None
         if folder is not None:
-            present = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
-            size = sum((folder / name).stat().st_size for name in FILES[part].choose(present, half=True))
+            used = FILES[part].choose(file_names(folder), half=True)
+            size = sum((folder / name).stat().st_size for name in used)
         parts.append({"part": part, "model": str(source), "licence": source.licence, "bytes": size})
     return parts
 

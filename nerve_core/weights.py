@@ -138,7 +138,7 @@ def cached_folder(source: Source, files: ModelFiles, cache_dir: str | None, *, h
                 allow_patterns=[],  # the folder alone: which files it must hold is checked here
             )
         )
-        chosen = files.choose(_names(folder), half=half)
+        chosen = files.choose(file_names(folder), half=half)
     except FileNotFoundError:  # LocalEntryNotFoundError is one
         return None
     return folder if half or not any(name.endswith(f"{HALF}.safetensors") for name in chosen) else None
@@ -231,11 +231,16 @@ def weight_file(folder: Path, stem: str, *, half: bool) -> Path:
     half: where both are there, take half precision (.fp16.safetensors), else the whole one. One that is alone is taken
     whatever half says. Raises FileNotFoundError where neither is there.
     """
-    present = _names(folder)
+    present = file_names(folder)
     for name in _variants(stem, half):
         if name in present:
             return folder / name
     raise FileNotFoundError(f"{folder}: {_missing([f'{stem}.safetensors'], [stem], present)}")
+
+
+def file_names(folder: Path) -> set[str]:
+    """Every file below a folder, by its name from there; links whose file is gone are left out."""
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
 def digest(path: Path) -> str:
@@ -274,11 +279,6 @@ def _variants(stem: str, half: bool) -> tuple[str, str]:
 
 def _stem(name: str) -> str:
     return name.removesuffix(".safetensors").removesuffix(HALF)
-
-
-def _names(folder: Path) -> set[str]:
-    """Every file below a folder, by its name from there; links whose file is gone are left out."""
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
 def _missing(names: Sequence[str], stems: Collection[str], present: Collection[str]) -> str:

@@ -2,12 +2,14 @@
 
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from nerve_core.cli import main
 from small_models import save_pair
 
 torch.set_num_threads(1)
@@ -37,3 +39,18 @@ def whole_pair(tmp_path_factory) -> Path:
 def pair(whole_pair, tmp_path) -> Path:
     """A copy of the small pair that a test may damage; its files are hard links until `replace` is used."""
     return Path(shutil.copytree(whole_pair, tmp_path / "pair", copy_function=os.link))
+
+
+@pytest.fixture
+def nerve(monkeypatch, capsys):
+    """Run the command in this process: exit code, standard output, standard error."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["nerve", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        printed = capsys.readouterr()
+        return int(ended.value.code or 0), printed.out, printed.err
+
+    return run

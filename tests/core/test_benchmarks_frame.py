@@ -1,7 +1,7 @@
 """The frame benchmark: its plain side computes the same masks, and its random pairs have the true architectures."""
 
 import json
-import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,7 +11,6 @@ from nerve_benchmarks.frame import names, picture
 from nerve_benchmarks.plain_frame import PlainNerve
 from nerve_benchmarks.random_pair import ARCHITECTURES, Architecture, write_random_pair
 from nerve_core import Segmenter, Vocabulary
-from nerve_core.cli import main
 from nerve_core.pairs import find_pair, pair_names
 
 _TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
@@ -66,22 +65,13 @@ def test_names_are_different(count):
 
 
 @pytest.fixture
-def nerve(monkeypatch, capsys):
-    """Run `nerve bench frame` in this process: exit code, standard output, standard error."""
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["nerve", "bench", "frame", "--device", "cpu", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        printed = capsys.readouterr()
-        return int(ended.value.code or 0), printed.out, printed.err
-
-    return run
+def bench(nerve):
+    """`nerve bench frame` on the CPU."""
+    return partial(nerve, "bench", "frame", "--device", "cpu")
 
 
-def test_the_command_measures_both_sides_in_processes_of_their_own(pair, nerve):
-    code, out, err = nerve("--model", pair, "--frames", 2, "--names", 3, "--size", "128x96", "--json")
+def test_the_command_measures_both_sides_in_processes_of_their_own(pair, bench):
+    code, out, err = bench("--model", pair, "--frames", 2, "--names", 3, "--size", "128x96", "--json")
     assert code == 0, err
     found = json.loads(out.splitlines()[-1])
     for key in ("p50_ms", "p95_ms", "fps", "peak_memory_mb", "load_s", "baseline_p50_ms", "baseline_peak_memory_mb"):
@@ -93,21 +83,21 @@ def test_the_command_measures_both_sides_in_processes_of_their_own(pair, nerve):
     assert "plain diffusers + transformers" in err
 
 
-def test_a_side_that_fails_is_told_with_its_reason(nerve, tmp_path):
-    code, _, err = nerve("--model", tmp_path, "--no-plain")
+def test_a_side_that_fails_is_told_with_its_reason(bench, tmp_path):
+    code, _, err = bench("--model", tmp_path, "--no-plain")
     assert code == 2
     assert "the benchmark's ours side failed" in err
     assert "pair.json" in err
 
 
 @pytest.mark.parametrize("size", ["640", "640x", "0x480", "axb", "640x480x3", ""])
-def test_a_size_that_is_none_is_refused(nerve, size):
-    code, _, err = nerve("--size", size)
+def test_a_size_that_is_none_is_refused(bench, size):
+    code, _, err = bench("--size", size)
     assert code == 2
     assert "write WIDTHxHEIGHT, as in 640x480" in err
 
 
-def test_weights_are_made_up_only_for_architectures_that_are_known(nerve):
-    code, _, err = nerve("--random-weights", "--model", "embedded")
+def test_weights_are_made_up_only_for_architectures_that_are_known(bench):
+    code, _, err = bench("--random-weights", "--model", "embedded")
     assert code == 2
     assert "no architecture is known for 'embedded'; choose one of sd21-clipl14" in err

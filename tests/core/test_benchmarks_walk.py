@@ -11,7 +11,6 @@ import torch
 import reference
 from nerve_benchmarks import plain_walks, walk
 from nerve_benchmarks.walk import Problem
-from nerve_core.cli import main
 from nerve_core.random_walk import fixed_point
 from tokens import label_probabilities, queries_and_keys, tensors
 
@@ -134,21 +133,6 @@ def test_the_figures_are_ratios_of_what_was_measured(quick):
     assert found["operators"]["nerve"] == "dense fused"
     assert found["large"]["sides"]["low rank"]["ms"] > 0
     json.dumps(found)
-
-
-@pytest.fixture
-def nerve(monkeypatch, capsys):
-    """Run the command in this process: exit code, standard output, standard error."""
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["nerve", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        printed = capsys.readouterr()
-        return int(ended.value.code or 0), printed.out, printed.err
-
-    return run
 
 
 def test_nerve_bench_walk_prints_a_table_and_one_json_object(quick, nerve):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import cv2
@@ -12,25 +11,8 @@ import pytest
 from PIL import Image
 
 from nerve_core import Segmenter, Vocabulary
-from nerve_core.cli import main
 from nerve_core.embedded.scenes import draw_scene
 from nerve_core.visualize import palette
-
-
-@pytest.fixture
-def nerve(monkeypatch, capsys, tmp_path):
-    """Run the command in this process: exit code, standard output, standard error."""
-    monkeypatch.setenv("NERVE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["nerve", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        printed = capsys.readouterr()
-        return int(ended.value.code or 0), printed.out, printed.err
-
-    return run
 
 
 @pytest.fixture

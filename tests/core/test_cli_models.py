@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +14,6 @@ from huggingface_hub.utils import enable_progress_bars
 
 import hub as hubs
 from nerve_core import text_cache, weights
-from nerve_core.cli import main
 from nerve_core.pairs import pair_names
 from nerve_core.weights import CLIP_FILES
 
@@ -22,25 +21,15 @@ NAMES = {"clip": "someone/small-clip", "diffusion": "someone/small-diffusion"}
 
 
 @pytest.fixture
-def nerve(monkeypatch, capsys, tmp_path):
-    """Run the command in this process: exit code, standard output, standard error."""
+def nerve(nerve, monkeypatch, tmp_path):
+    """`nerve models`, with a hub cache and a text cache of this test's own."""
     monkeypatch.setenv("NERVE_CACHE", str(tmp_path / "text cache"))
-    monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
     for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(name, raising=False)
-
     enable_progress_bars()  # which what was tested before may have silenced
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["nerve", "models", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        printed = capsys.readouterr()
-        return int(ended.value.code or 0), printed.out, printed.err
-
-    return run
+    return partial(nerve, "models")
 
 
 @pytest.fixture
