@@ -292,13 +292,13 @@ def show(console: Console, report: Report, figures: Mapping[str, object], record
     console.print(table)
     console.print()
 
-    shown = [stage for stage in STAGES if stage in report.stage_ms]
     stages = Table(title="ms per stage", title_justify="left", box=None, padding=(0, 2, 0, 0))
     stages.add_column("", style="bold")
-    for stage in shown:
-        stages.add_column(stage, justify="right")
-    for name, values in (("p50", report.stage_ms), ("p95", report.stage_p95_ms)):
-        stages.add_row(name, *(f"{values[stage]:.{0 if values[stage] >= 100 else 1}f}" for stage in shown))
+    for name in ("p50", "p95"):
+        stages.add_column(name, justify="right")
+    for stage in STAGES:
+        if stage in report.stage_ms:
+            stages.add_row(stage, f"{report.stage_ms[stage]:.1f}", f"{report.stage_p95_ms[stage]:.1f}")
     console.print(stages)
     console.print()
 
