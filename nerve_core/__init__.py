@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from .pairs import ModelError as ModelError
     from .readout import ClassConfidence as ClassConfidence
     from .segmenter import (
+        OutOfMemory as OutOfMemory,
+    )
+    from .segmenter import (
         Segmentation as Segmentation,
     )
     from .segmenter import (
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "ClassConfidence": "readout",
     "ModelError": "pairs",
+    "OutOfMemory": "segmenter",
     "Segmentation": "segmenter",
     "Segmenter": "segmenter",
     "Vocabulary": "vocabulary",

@@ -101,6 +101,12 @@ class FramePart:
         lap("networks")
         return features
 
+    def forget(self) -> None:
+        """Give up every graph and the memory it holds; a size has to come again to get one."""
+        if self._graphs is not None:
+            self._graphs.clear()
+        self._seen.clear()
+
     def _both(self, raw: Tensor) -> FrameFeatures:
         """The two networks beside one another; what the second stream allocates is used again by it alone, and only
         after it has waited for the first."""

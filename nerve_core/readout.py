@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -41,7 +41,8 @@ class Readout:
 
     labels: uint8 [H, W], 0 is background. confidence: uint8 [H, W], the winner's probability in 255ths.
     presence, peak: float32 [names], 0..1. by_row: int32 [names + 1, H] and by_column: int32 [names + 1, W], pixels of
-    each label (0 first) in each row and column. certainty: int64 [names + 1], the sum of a label's confidence.
+    each label (0 first) in each row and column. certainty: int64 [names + 1], the sum of a label's confidence. maps:
+    uint8 [maps, H, W], the probability of each class that was asked for at every pixel, in 255ths.
     """
 
     labels: Tensor
@@ -51,6 +52,7 @@ class Readout:
     by_row: Tensor
     by_column: Tensor
     certainty: Tensor
+    maps: Tensor
 
     def to_host(self) -> Readout:
         """The same in host memory, after one wait for the device."""
@@ -98,13 +100,15 @@ def read_out(
     grid: tuple[int, int],
     size: tuple[int, int],
     config: ReadoutConfig,
+    maps: Sequence[Sequence[int]] = (),
 ) -> Readout:
     """Name every pixel of an image of `size` (rows, columns); never waits for the device.
 
     G, P: float32 [N, queries], before and after the walk, N tokens of `grid`. classes: int64 [queries], the label of
     each query, 0 for negatives. The queries of a class are merged by their maximum at each pixel, after resizing P
     bilinearly. A pixel is background where a negative wins, where the winner is under `threshold`, or its class
-    under `presence_threshold`; of equals the lowest label wins, and background last.
+    under `presence_threshold`; of equals the lowest label wins, and background last. maps: for each map that is wanted
+    too, the queries of its class.
     """
     device = P.device
     found = presence(G, P)
@@ -117,16 +121,25 @@ def read_out(
     winner = torch.empty(size, device=device)
     # A maximum over ranks finds the winner's label several times faster than a maximum that keeps its index.
     label_of = torch.where(of_class < config.presence_threshold, 0, torch.arange(names + 1, device=device))[classes]
+    dense = torch.empty((len(maps), *size), dtype=torch.uint8, device=device)
+    members = [torch.tensor(queries, device=device) for queries in maps]
     rank = ((names + 1 - label_of) % (names + 1)).float()[:, None, None]  # background 0, the first name highest
     for rows, scores in _resized(P.T.unflatten(-1, grid), size):
+        for plane, queries in zip(dense, members, strict=True):
+            plane[rows] = _in_255ths(scores.index_select(0, queries).amax(0))
         torch.amax(scores, 0, out=best[rows])
         torch.amax(scores.eq_(best[rows]).mul_(rank), 0, out=winner[rows])
     labels = (names + 1 - winner) % (names + 1)
     if config.threshold > 0:
         labels.masked_fill_(best < config.threshold, 0)
     labels = labels.to(torch.uint8)
-    confidence = best.mul_(255).add_(0.5).clamp_(0, 255).to(torch.uint8)
-    return Readout(labels, confidence, of_class[1:], peak[1:], *_statistics(labels, confidence, names))
+    confidence = _in_255ths(best)
+    return Readout(labels, confidence, of_class[1:], peak[1:], *_statistics(labels, confidence, names), dense)
+
+
+def _in_255ths(probability: Tensor) -> Tensor:
+    """Rounded to uint8; `probability` is overwritten."""
+    return probability.mul_(255).add_(0.5).clamp_(0, 255).to(torch.uint8)
 
 
 def _resized(maps: Tensor, size: tuple[int, int]) -> Iterator[tuple[slice, Tensor]]:

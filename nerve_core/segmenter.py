@@ -6,12 +6,12 @@ import dataclasses
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import Generator, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -45,6 +45,7 @@ class Segmentation:
     labels: uint8 [H, W]; 0 is background, k is names[k - 1]; all 255 where the vocabulary was empty.
     confidence_u8: uint8 [H, W], the winning label's probability, linear in 0..255. timings: ms per stage, and "total".
     operator: the form of S that was chosen, see `fusion.choose_operator`; "" where the vocabulary was empty.
+    maps: uint8 [maps, H, W], each label's probability that was asked for, at every pixel, linear in 0..255.
     """
 
     labels: np.ndarray
@@ -53,11 +54,45 @@ class Segmentation:
     class_confidence: tuple[ClassConfidence, ...]
     timings: dict[str, float] = field(default_factory=dict)
     operator: str = ""
+    maps: np.ndarray = field(default_factory=lambda: np.empty((0, 0, 0), np.uint8))
 
     @cached_property
     def confidence(self) -> np.ndarray:
         """The winning label's probability, float32 [H, W] in 0..1 in steps of 1/255."""
         return self.confidence_u8.astype(np.float32) / 255
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """What the networks make of one image, for any vocabulary; good until the next image is encoded.
+
+    size: rows and columns of the image.
+    """
+
+    features: FrameFeatures
+    size: tuple[int, int]
+    watch: Stopwatch
+
+
+class OutOfMemory(RuntimeError):
+    """The device, or the machine, has no room for what was asked; whatever could be spared is given back already."""
+
+
+def _tells_memory(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Turn the errors of a lack of memory in a method of Segmenter into OutOfMemory."""
+
+    @wraps(method)
+    def guarded(self: Segmenter, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(self, *args, **kwargs)
+        except (RuntimeError, MemoryError) as error:
+            reason = _lack_of_memory(error)
+            if reason is None:
+                raise
+        # Not before: as long as the error lives, its traceback holds the tensors that took the memory.
+        self._no_memory(reason)
+
+    return guarded
 
 
 class Segmenter:
@@ -176,7 +211,16 @@ class Segmenter:
         return exhaust(self.embed_steps(vocabulary))
 
     def embed_steps(self, vocabulary: Vocabulary) -> Generator[None, None, QueryEmbeddings]:
-        """`embed` in short steps, between which images can be segmented; returns the queries."""
+        """`embed` in short steps, between which images can be segmented; returns the queries. Raises OutOfMemory."""
+        try:
+            return (yield from self._embed_steps(vocabulary))
+        except (RuntimeError, MemoryError) as error:
+            reason = _lack_of_memory(error)
+            if reason is None:
+                raise
+        self._no_memory(reason)
+
+    def _embed_steps(self, vocabulary: Vocabulary) -> Generator[None, None, QueryEmbeddings]:
         if vocabulary not in self._vocabularies:
             clip = self.settings.clip
             queries = yield from vocabulary_steps(
@@ -188,27 +232,51 @@ class Segmenter:
         self._vocabularies.move_to_end(vocabulary)
         return self._vocabularies[vocabulary]
 
-    @torch.inference_mode()
     def __call__(self, image: np.ndarray, vocabulary: Vocabulary | QueryEmbeddings) -> Segmentation:
-        """Segment one image: uint8 [H, W, 3], RGB, any size.
-
-        Raises ValueError for anything else, and RuntimeError where the networks overflow in the chosen precision.
-        """
+        """Segment one image: uint8 [H, W, 3], RGB, any size. `encode` and `segment` in one; raises what they raise."""
         check_image(image)
         queries = self.embed(vocabulary) if isinstance(vocabulary, Vocabulary) else vocabulary
-        if not queries.names:
-            empty = np.full(image.shape[:2], UNLABELLED, np.uint8)
-            return Segmentation(empty, np.zeros_like(empty), (), (), dict.fromkeys((*STAGES, "total"), 0.0))
-        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
-            return self._segment(image, queries)
+        return self.segment(self.encode(image), queries) if queries.names else unlabelled(image.shape[:2])
 
-    def _segment(self, image: np.ndarray, queries: QueryEmbeddings) -> Segmentation:
-        watch = Stopwatch(self.device)
-        features = self.frame_part(image, watch.lap)
+    @_tells_memory
+    @torch.inference_mode()
+    def encode(self, image: np.ndarray) -> EncodedImage:
+        """What the networks make of one image, uint8 [H, W, 3], RGB, any size: most of a frame's work, and the same
+        for every vocabulary.
+
+        Raises ValueError for anything else, and OutOfMemory.
+        """
+        check_image(image)
+        with self._on_device():
+            watch = Stopwatch(self.device)
+            return EncodedImage(self.frame_part(image, watch.lap), image.shape[:2], watch)
+
+    @_tells_memory
+    @torch.inference_mode()
+    def segment(
+        self, encoded: EncodedImage, vocabulary: QueryEmbeddings, *, maps: Sequence[int] = (), follow: bool = True
+    ) -> Segmentation:
+        """Name every pixel of the image that was encoded last, by a vocabulary that `embed` gave, as often as you like.
+
+        maps: labels (1 to the number of names) whose probability is wanted at every pixel. follow: whether this is the
+        stream's own segmentation, which the next image's may start from (setting previous_frame_start).
+        Raises OutOfMemory, and RuntimeError where the networks overflow in the chosen precision.
+        """
+        if not vocabulary.names:
+            return unlabelled(encoded.size)
+        with self._on_device():
+            return self._segment(encoded, vocabulary, maps, follow)
+
+    def _segment(
+        self, encoded: EncodedImage, queries: QueryEmbeddings, maps: Sequence[int], follow: bool
+    ) -> Segmentation:
+        watch, features = Stopwatch(self.device), encoded.features
         G = self._probabilities(features, queries)
         watch.lap("probabilities")
-        refined = self.refine(features.Q, features.K, G, previous=self._start(queries, image.shape))
-        self._previous = (queries, image.shape, refined.P) if self.settings.walk.previous_frame_start else None
+        refined = self.refine(features.Q, features.K, G, previous=self._start(queries, encoded.size))
+        if follow:
+            keep = self.settings.walk.previous_frame_start
+            self._previous = (queries, encoded.size, refined.P) if keep else None
         watch.lap("refine")
         read = read_out(
             G,
@@ -216,8 +284,9 @@ class Segmenter:
             queries.classes,
             len(queries.names),
             self.grid,
-            image.shape[:2],
+            encoded.size,
             self.settings.readout,
+            [_queries_of(queries.vocabulary, label) for label in maps],
         ).to_host()
         if not bool(read.presence.isfinite().all()):
             raise RuntimeError(
@@ -226,7 +295,9 @@ class Segmenter:
         labels, confidence = read.labels.numpy(), read.confidence.numpy()
         found = describe_classes(queries.names, read)
         watch.lap("readout")
-        return Segmentation(labels, confidence, queries.names, found, watch.milliseconds(), refined.operator)
+        timings = encoded.watch.milliseconds() | watch.milliseconds()
+        timings["total"] = sum(time for stage, time in timings.items() if stage != "total")
+        return Segmentation(labels, confidence, queries.names, found, timings, refined.operator, read.maps.numpy())
 
     @torch.inference_mode()
     def frame(self, image: np.ndarray, queries: QueryEmbeddings) -> tuple[Tensor, Tensor, Tensor]:
@@ -262,6 +333,11 @@ class Segmenter:
             self(grey, Vocabulary(["object"]))
         self._previous = None
 
+    @property
+    def device_memory(self) -> int | None:
+        """Bytes that PyTorch holds on a CUDA device; None on the CPU."""
+        return torch.cuda.memory_reserved(self.device) if self.device.type == "cuda" else None
+
     def close(self) -> None:
         """Give the models' memory back to the device; the segmenter is of no use afterwards."""
         self.text.close()
@@ -271,6 +347,16 @@ class Segmenter:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
+    def _on_device(self) -> AbstractContextManager:
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+
+    def _no_memory(self, reason: str) -> NoReturn:
+        self._workspace, self._previous = Workspace(), None
+        self.frame_part.forget()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        raise OutOfMemory(f"out of memory on {self.device}: {reason}")
+
     def _probabilities(self, features: FrameFeatures, queries: QueryEmbeddings) -> Tensor:
         return self.frame_part.clip.probabilities(features.patches, queries.embeddings, self.grid)
 
@@ -279,6 +365,12 @@ class Segmenter:
         if self._previous is None or self._previous[0] is not queries or self._previous[1] != shape:
             return None
         return self._previous[2]
+
+
+def unlabelled(size: tuple[int, int]) -> Segmentation:
+    """What an image of `size` (rows, columns) is where nothing was asked for: 255 everywhere, and sure of nothing."""
+    labels = np.full(size, UNLABELLED, np.uint8)
+    return Segmentation(labels, np.zeros_like(labels), (), (), dict.fromkeys((*STAGES, "total"), 0.0))
 
 
 def check_image(image: np.ndarray) -> None:
@@ -292,6 +384,18 @@ def check_image(image: np.ndarray) -> None:
     ):
         got = f"{image.dtype} {list(image.shape)}" if isinstance(image, np.ndarray) else type(image).__name__
         raise ValueError(f"an image must be a uint8 array [rows, columns, 3] in RGB order, none of them 0; got {got}")
+
+
+def _lack_of_memory(error: Exception) -> str | None:
+    """What an allocator said; None for any other error. PyTorch's own for the CPU raises a plain RuntimeError."""
+    lacking = isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+    return (str(error).strip() or "no more memory").splitlines()[0] if lacking else None
+
+
+def _queries_of(vocabulary: Vocabulary, label: int) -> range:
+    """The queries of a class: as `vocabulary_steps` lays them, words in their order, those of the names first."""
+    first = sum(len(words) for words in vocabulary.synonyms[: label - 1])
+    return range(first, first + len(vocabulary.synonyms[label - 1]))
 
 
 def _device(name: str) -> torch.device:

@@ -13,6 +13,8 @@ UNLABELLED = 255
 MAX_NAMES = 254
 """Labels are bytes, and two of them are taken."""
 MAX_CHARACTERS = 128
+MAX_WORDS = 1024
+"""Names, synonyms and negatives together: each is a query of its own, and costs time and memory in every image."""
 SYNONYM_SEPARATOR = "|"
 
 
@@ -29,8 +31,8 @@ class Vocabulary:
     negatives: what a pixel may be instead, as words; None takes the model pair's own list, () takes none.
     After construction `names` holds the classes' names alone, `synonyms` all words of each class (the name first), and
     `dropped` the duplicates that were left out (compared without case; the first wins).
-    Raises VocabularyError for more than 254 names, an empty word, one of over 128 characters or with control
-    characters.
+    Raises VocabularyError for more than 254 names, more than 1024 words in all, an empty word, one of over 128
+    characters or with control characters.
     """
 
     names: tuple[str, ...]
@@ -62,6 +64,10 @@ class Vocabulary:
             raise VocabularyError(
                 f"{len(classes)} names are too many: at most {MAX_NAMES}, since a mask has one byte a pixel"
             )
+        if len(seen) + len(negatives or ()) > MAX_WORDS:
+            raise VocabularyError(
+                f"{len(seen) + len(negatives or ())} names, synonyms and negatives are too many: at most {MAX_WORDS}"
+            )
         object.__setattr__(self, "names", tuple(words[0] for words in classes))
         object.__setattr__(self, "synonyms", tuple(classes))
         object.__setattr__(self, "dropped", tuple(dropped))
@@ -88,14 +94,21 @@ def _as_text(word: object) -> str:
 
 def _clean(word: str) -> str:
     """A word in NFC without outer blanks, or VocabularyError."""
+    word = word.strip()
+    if len(word) > 4 * MAX_CHARACTERS:  # before anything looks at every letter; NFC makes no four of them one
+        raise _too_long(word)
     # what is not printable is shown escaped, so that a message never carries it on
-    if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in word.strip()):
+    if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in word):
         raise VocabularyError(f"name {word!r} has control characters: only printable text is accepted")
     word = unicodedata.normalize("NFC", word.strip())
     if not word:
         raise VocabularyError("an empty name is not accepted: every name and synonym needs at least one letter")
     if len(word) > MAX_CHARACTERS:
-        raise VocabularyError(
-            f"name {word[:24] + '...'!r} has {len(word)} characters: at most {MAX_CHARACTERS} are accepted"
-        )
+        raise _too_long(word)
     return word
+
+
+def _too_long(word: str) -> VocabularyError:
+    return VocabularyError(
+        f"name {word[:24] + '...'!r} has {len(word)} characters: at most {MAX_CHARACTERS} are accepted"
+    )

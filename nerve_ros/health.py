@@ -7,10 +7,12 @@ played without use_sim_time), so that such ages are left out.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 from builtin_interfaces.msg import Time
@@ -44,6 +46,7 @@ class Health:
             self._ages: deque[float] = deque(maxlen=WINDOW)
             self._latencies: deque[float] = deque(maxlen=WINDOW)
             self._finished: deque[float] = deque(maxlen=WINDOW)
+            self._located: deque[float] = deque(maxlen=WINDOW)
             self._last_stamp = -float("inf")
             self._last_arrival: float | None = None
             self._last_error = ""
@@ -74,6 +77,12 @@ class Health:
             self._counts["errors"] += 1
             self._last_error = reason
             self._last_failure = self._clock()
+
+    def located(self, seconds: float) -> None:
+        """A question was answered, `seconds` after it was asked."""
+        with self._lock:
+            self._counts["locates"] += 1
+            self._located.append(seconds)
 
     def vocabulary(self, accepted: bool) -> None:
         """A vocabulary was asked for, by whatever way."""
@@ -122,16 +131,22 @@ class Health:
                     "errors",
                     "vocabularies_accepted",
                     "vocabularies_rejected",
+                    "locates",
                 )
             }
             shown |= {f"rejected_for_{kind}": str(count) for kind, count in sorted(self._rejections.items())}
             shown["fps"] = f"{_rate(self._finished, self._clock()):.2f}"
-            for name, seconds in (("age", self._ages), ("latency", self._latencies)):
+            for name, seconds in (("age", self._ages), ("latency", self._latencies), ("locate", self._located)):
                 shown |= _percentiles(name, [1e3 * value for value in seconds])
             for stage, values in self._stages.items():
                 shown |= _percentiles(f"stage_{stage}", values)
             shown["last_error"] = self._last_error
             return shown
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is in RAM."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _percentiles(name: str, milliseconds: Sequence[float]) -> dict[str, str]:

@@ -7,8 +7,10 @@ LabelInfo. A costmap keeps old tiles by id, so an id never changes hands while i
 from __future__ import annotations
 
 import heapq
+import re
 import threading
 import time
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -41,6 +43,18 @@ class Labels:
         table[BACKGROUND_ID] = BACKGROUND_ID
         table[1 : len(self.ids) + 1] = self.ids
         return table
+
+
+def topic_slug(name: str, number: int) -> str:
+    """What a name with the class id `number` is called in a topic's name: its ASCII letters and digits, and the id.
+
+    "Mug, blue" with id 3 is mug_blue_3; a name without any ASCII letter is class_3.
+    """
+    plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().lower()
+    words = re.sub(r"[^a-z0-9]+", "_", plain).strip("_")[:40].strip("_")
+    if not words or words[0].isdigit():
+        words = f"class_{words}".strip("_")
+    return f"{words}_{number}"
 
 
 class LabelRegistry:
@@ -77,6 +91,11 @@ class LabelRegistry:
             keys = [name.casefold() for name in names]
             self._uses.update(keys)
             return Labels(tuple(names), tuple(self._ids[key] for key in keys))
+
+    def ids(self, names: Sequence[str]) -> list[int]:
+        """The ids of `names`, which are in use."""
+        with self._lock:
+            return [self._ids[name.casefold()] for name in names]
 
     def release(self, labels: Labels, *, shown: bool) -> None:
         """End one use of `labels`. `shown`: whether a LabelInfo or a mask with them ever went out."""

@@ -1,8 +1,8 @@
-"""The whole way from image message to mask message, wired to the life cycle of a ROS 2 node.
+"""The node: life cycle, topics, services and parameters, wired to the pipeline behind the worker.
 
 The executor only receives: it looks at a message's form, lays it into the worker's slot and goes on. Everything that
-takes time happens on the worker's thread, publishing included. What both sides need is immutable (NodeConfig, Snapshot)
-or guards itself (LabelRegistry, Health, Mailbox).
+takes time happens on the worker's thread (pipeline.py), publishing included. What both sides need is immutable
+(NodeConfig, Snapshot) or guards itself (LabelRegistry, Health, Mailbox, DepthBuffer).
 """
 
 from __future__ import annotations
@@ -12,11 +12,9 @@ import functools
 import importlib
 import time
 import traceback
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 
-import numpy as np
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
 from rcl_interfaces.msg import SetParametersResult
 from rclpy.clock import Clock
@@ -26,61 +24,38 @@ from rclpy.parameter import Parameter
 from rclpy.qos import DurabilityPolicy, QoSPolicyKind, QoSProfile, ReliabilityPolicy
 from rclpy.qos_overriding_options import QoSOverridingOptions
 from rclpy.subscription import Subscription
-from sensor_msgs.msg import CompressedImage, Image
+from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 from std_msgs.msg import String
+from std_srvs.srv import SetBool
 
 from nerve_core import Vocabulary
 from nerve_ros import parameters
-from nerve_ros.health import Health, diagnostics
-from nerve_ros.images import ImageError, check_image, to_rgb
-from nerve_ros.labels import LabelRegistry, Labels
+from nerve_ros.depth import DepthBuffer
+from nerve_ros.graph import namesakes, why_no_image
+from nerve_ros.health import Health, diagnostics, resident_bytes
+from nerve_ros.images import ImageError, check_image
+from nerve_ros.labels import LabelRegistry
 from nerve_ros.msg import Vocabulary as VocabularyMessage
 from nerve_ros.outputs import Outputs
 from nerve_ros.parameters import NodeConfig
-from nerve_ros.worker import Worker
-
-if TYPE_CHECKING:
-    from nerve_core import Segmenter
-    from nerve_core.settings import Settings
-    from nerve_core.text import QueryEmbeddings
+from nerve_ros.pipeline import OUT_OF_MEMORY_LIMIT, THROTTLE, Frame, Pipeline, Question, Request, Snapshot
+from nerve_ros.services import create_deferred_service, not_located, settle
+from nerve_ros.srv import Locate, SetVocabulary
+from nerve_ros.worker import QUESTIONS, Worker
 
 NO_IMAGE_WARNING = 2.0
-"""Seconds without an image after which the diagnostics of an active node say so."""
+"""Seconds without an image after which the diagnostics of an active node, and the log, say so."""
 
-THROTTLE = 5.0
-"""Seconds between two log lines about images that cannot be used."""
+NAMESAKE_WARNING = 25.0
+"""Seconds after which another node of the same name is told of: one that was killed is forgotten after 20."""
+
+STUCK_EXIT_CODE = 70
+"""What the process ends with where exit_when_stuck says so (EX_SOFTWARE of sysexits.h)."""
 
 VOCABULARY_QOS = QoSProfile(
     depth=1, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL
 )
 TEXT_QOS = QoSProfile(depth=10, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.VOLATILE)
-
-
-@dataclass(frozen=True)
-class Frame:
-    """An image message and when it came in, in seconds of the steady clock."""
-
-    message: Image | CompressedImage
-    arrived: float
-
-
-@dataclass
-class Request:
-    """A vocabulary that was accepted: what it means, its ids, and whether anybody was told of them."""
-
-    config: NodeConfig
-    vocabulary: Vocabulary
-    labels: Labels
-    shown: bool = False
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """Everything an image needs of one vocabulary; an image is worked on with one snapshot from start to end."""
-
-    request: Request
-    embeddings: QueryEmbeddings
-    id_table: np.ndarray
 
 
 class Interrupted(BaseException):
@@ -106,7 +81,7 @@ def _transition(doing: str, done: str) -> Callable:
                 self.get_logger().debug(traceback.format_exc())
                 return TransitionCallbackReturn.FAILURE
             finally:
-                self._stage = ""
+                self._stage = self._pipeline.stage = ""
             self.state = done
             self.transition_error = ""
             self.get_logger().info(done)
@@ -124,24 +99,35 @@ class NerveNode(LifecycleNode):
         super().__init__("nerve", **kwargs)
         self.state = "unconfigured"
         self.transition_error = ""
-        self._stage = self._operator = ""
-        self._segmenter: Segmenter | None = None
-        self._pair_settings: Settings | None = None
-        self._applied: NodeConfig | None = None
-        self._outputs: Outputs | None = None
-        self._image_subscription: Subscription | None = None
+        self.exit_code = 0
+        self._stage = self._fallen_back = ""
+        self._inputs: list[Subscription] = []
         self._image_topic = ""
         self._active_since = 0.0
+        self._alone_at = time.monotonic()
+        self._told: set[str] = set()
+        self._questions: list[Question] = []
         self._health = Health()
         self._config = parameters.declare(self)
         self._registry = LabelRegistry()
-        self._worker: Worker[Frame, Request, Snapshot] = Worker(
-            process=self._process,
-            prepare=self._prepare,
-            adopt=self._adopt,
+        self._depth = DepthBuffer(lambda: self._config.depth_tolerance)
+        self._pipeline = Pipeline(
+            log=self.get_logger(),
+            clock=self.get_clock(),
+            health=self._health,
+            config=lambda: self._config,
+            publishing=lambda: self.state == "active" and self.context.ok(),
+            too_often_out_of_memory=self._too_often_out_of_memory,
+        )
+        self._worker: Worker[Frame, Request, Snapshot, Question] = Worker(
+            process=self._pipeline.process,
+            prepare=self._pipeline.prepare,
+            adopt=lambda request, snapshot: self._pipeline.tell_labels(snapshot),
             abandon=self._abandon,
+            answer=self._pipeline.answer,
             failed=self._failed,
             min_interval=lambda: 1.0 / self._config.max_rate if self._config.max_rate else 0.0,
+            enabled=lambda: self._config.enabled,
         )
         for sentence in parameters.unknown_overrides(getattr(self, "_parameter_overrides", {})):
             self.get_logger().warning(sentence)
@@ -149,9 +135,12 @@ class NerveNode(LifecycleNode):
         self.add_post_set_parameters_callback(self._on_parameters_set)
         self.create_subscription(VocabularyMessage, "vocabulary", self._on_vocabulary, VOCABULARY_QOS)
         self.create_subscription(String, "vocabulary_text", self._on_vocabulary_text, TEXT_QOS)
+        self.create_service(SetVocabulary, "~/set_vocabulary", self._on_set_vocabulary)
+        self.create_service(SetBool, "~/enable", self._on_enable)
+        create_deferred_service(self, Locate, "~/locate", self._on_locate, self._failed)
         self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", 1)
         # By the steady clock: with use_sim_time a paused simulation would silence it.
-        self.create_timer(1.0, self._publish_diagnostics, clock=Clock(clock_type=ClockType.STEADY_TIME))
+        self.create_timer(1.0, self._every_second, clock=Clock(clock_type=ClockType.STEADY_TIME))
 
     def start(self) -> None:
         """Take the vocabulary that the node was started with; configure and activate, if autostart says so.
@@ -183,24 +172,26 @@ class NerveNode(LifecycleNode):
     def on_configure(self, state: LifecycleState) -> None:
         config = self._config
         self._health.reset()
+        self._fallen_back = ""
         try:
-            self._await(self._worker.submit(lambda: self._load(config)))
-            self._outputs = Outputs(self)
+            self._await(self._worker.submit(lambda: self._load(config, config.device)))
+            self._pipeline.outputs = Outputs(self)
         except Exception:
             self._release()
             raise
-        self.get_logger().info(f"configured: {self._segmenter.description}")
+        self.get_logger().info(f"configured: {self._pipeline.segmenter.description}")
 
     @_transition("activating", "active")
     def on_activate(self, state: LifecycleState) -> None:
         super().on_activate(state)
         try:
-            self._await(self._worker.submit(self._tell_labels))
+            self._await(self._worker.submit(lambda: self._pipeline.tell_labels(self._worker.snapshot)))
             self._active_since = time.monotonic()
-            self._image_subscription = self._subscribe()
+            self._subscribe()
         except Exception:
             super().on_deactivate(state)
             raise
+        self._pipeline.forget(f"no image has come on {self._image_topic} yet")
         self._worker.resume()
         self.get_logger().info(f"waiting for images on {self._image_topic}")
 
@@ -232,36 +223,54 @@ class NerveNode(LifecycleNode):
             self.get_logger().error(f"transition {transition_id} is not possible while {self.state}: {error}")
             return TransitionCallbackReturn.ERROR
 
-    def _subscribe(self) -> Subscription:
+    def _subscribe(self) -> None:
         base = self.resolve_topic_name("image")
         compressed = self._config.image_transport == "compressed"
         self._image_topic = f"{base}/compressed" if compressed else base
+        self._told.discard("no image")
         policies = (
             QoSPolicyKind.HISTORY,
             QoSPolicyKind.DEPTH,
             QoSPolicyKind.RELIABILITY,
             QoSPolicyKind.DURABILITY,
         )
-        return self.create_subscription(
-            CompressedImage if compressed else Image,
-            self._image_topic,
-            self._on_image,
-            # A new one each time: the overrides are written into it.
-            QoSProfile(depth=1, reliability=ReliabilityPolicy.BEST_EFFORT, durability=DurabilityPolicy.VOLATILE),
-            qos_overriding_options=QoSOverridingOptions(policies),
-        )
+
+        def subscribe(kind: type, topic: str, callback: Callable[[object], None]) -> None:
+            # A quality of service of its own each time: the overrides are written into it.
+            qos = QoSProfile(depth=1, reliability=ReliabilityPolicy.BEST_EFFORT, durability=DurabilityPolicy.VOLATILE)
+            overrides = QoSOverridingOptions(policies)
+            self._inputs.append(
+                self.create_subscription(kind, topic, callback, qos, qos_overriding_options=overrides)
+            )
+
+        subscribe(CompressedImage if compressed else Image, self._image_topic, self._on_image)
+        if self._config.use_depth:
+            subscribe(Image, "depth", self._depth.depth)
+            subscribe(CameraInfo, "camera_info", self._depth.camera_info)
 
     def _stop(self) -> None:
-        self._worker.pause()
-        if self._image_subscription is not None:
-            self.destroy_subscription(self._image_subscription)
-            self._image_subscription = None
+        for question in self._worker.pause():
+            settle(question.answer, not_located("the node was deactivated"))
+        for subscription in self._inputs:
+            self.destroy_subscription(subscription)
+        self._inputs.clear()
+        self._depth.clear()
+
+    def _load(self, config: NodeConfig, device: str) -> None:
+        self._pipeline.load(config, device)
+        self._worker.prepare_now()
+        if config.warm_up:
+            self._pipeline.warm_up()
+
+    def _unload(self) -> None:
+        self._worker.forget()
+        self._pipeline.unload()
 
     def _release(self) -> None:
         self._await(self._worker.submit(self._unload))
-        if self._outputs is not None:
-            self._outputs.destroy()
-            self._outputs = None
+        if self._pipeline.outputs is not None:
+            self._pipeline.outputs.destroy()
+            self._pipeline.outputs = None
 
     def _await(self, future: concurrent.futures.Future) -> object:
         """The result of a job on the worker's thread; tells how far it is while it lasts."""
@@ -271,12 +280,15 @@ class NerveNode(LifecycleNode):
             if not self.context.ok():
                 raise Interrupted
             seconds = time.monotonic() - started
+            if self._stuck_for():
+                raise RuntimeError(f"{self._stuck()}; nothing can be loaded or given back until it does")
             if seconds >= published + 1:
                 published += 1
                 self._publish_diagnostics()
             if seconds >= THROTTLE * (told + 1):
                 told += 1
-                self.get_logger().info(f"{self._stage or self.state}, {seconds:.0f} s so far")
+                doing = self._stage or self._pipeline.stage or self.state
+                self.get_logger().info(f"{doing}, {seconds:.0f} s so far")
         return future.result()
 
     # The vocabulary: whatever way it comes, it ends in the parameter, and there in one pair of callbacks.
@@ -287,22 +299,33 @@ class NerveNode(LifecycleNode):
     def _on_vocabulary_text(self, message: String) -> None:
         self._set_vocabulary(lambda: Vocabulary.parse(message.data), "topic vocabulary_text")
 
-    def _set_vocabulary(self, read: Callable[[], Vocabulary], source: str) -> None:
+    def _on_set_vocabulary(
+        self, request: SetVocabulary.Request, response: SetVocabulary.Response
+    ) -> SetVocabulary.Response:
+        reason = self._set_vocabulary(lambda: Vocabulary(request.names), "service set_vocabulary")
+        response.accepted, response.message = not reason, reason
+        if not reason:
+            vocabulary = self._config.make_vocabulary()
+            response.ids = self._registry.ids(vocabulary.names)
+            dropped = Vocabulary(request.names).dropped
+            response.message = f"named more than once, the first counts: {_listed(dropped)}" if dropped else ""
+        return response
+
+    def _set_vocabulary(self, read: Callable[[], Vocabulary], source: str) -> str:
+        """Have the vocabulary that `read` gives, or say why not; the empty string where it was taken."""
         try:
             vocabulary = read()
         except ValueError as error:
             self._health.vocabulary(accepted=False)
-            self._vocabulary_rejected(source, str(error))
-            return
+            return self._vocabulary_rejected(source, str(error))
         self._warn_of_duplicates(vocabulary)
         names = Parameter("vocabulary", Parameter.Type.STRING_ARRAY, _entries(vocabulary))
         result = self.set_parameters_atomically([names])
-        if not result.successful:
-            self._vocabulary_rejected(source, result.reason)
+        return "" if result.successful else self._vocabulary_rejected(source, result.reason)
 
     def _on_set_parameters(self, changes: list[Parameter]) -> SetParametersResult:
         try:
-            config = parameters.changed(self._config, changes, configured=self._outputs is not None)
+            config = parameters.changed(self._config, changes, configured=self._pipeline.outputs is not None)
             if _vocabulary_differs(config, self._config):
                 try:
                     self._registry.check(config.make_vocabulary().names, config.id_reuse_delay)
@@ -319,12 +342,16 @@ class NerveNode(LifecycleNode):
 
     def _on_parameters_set(self, changes: list[Parameter]) -> None:
         before = self._config
-        self._config = parameters.changed(before, changes, configured=self._outputs is not None)
+        self._config = parameters.changed(before, changes, configured=self._pipeline.outputs is not None)
         if _vocabulary_differs(before, self._config):
             self._ask_for_vocabulary(self._config)
+        self._worker.wake()
 
-    def _vocabulary_rejected(self, source: str, reason: str) -> None:
-        self.get_logger().warning(f"the vocabulary by {source} is rejected: {reason}; the one before stays")
+    def _vocabulary_rejected(self, source: str, reason: str) -> str:
+        self.get_logger().warning(
+            f"the vocabulary by {source} is rejected: {reason}; the one before stays", throttle_duration_sec=1.0
+        )
+        return reason
 
     def _ask_for_vocabulary(self, config: NodeConfig) -> None:
         vocabulary = config.make_vocabulary()
@@ -351,65 +378,6 @@ class NerveNode(LifecycleNode):
 
     # On the worker's thread.
 
-    def _load(self, config: NodeConfig) -> None:
-        from nerve_core import Segmenter
-        from nerve_core.models import quiet_libraries
-
-        quiet_libraries()
-        self._stage = f"loading model pair '{config.model}'"
-        self._segmenter = Segmenter.from_pretrained(
-            config.model,
-            device=config.device,
-            dtype=None if config.precision == "auto" else config.precision,
-            preset=config.preset,
-            revision=config.revision or None,
-            cache_dir=config.cache_dir or None,
-            offline=True if config.offline else None,
-            settings=config.load_settings(),
-            compile=config.compile,
-        )
-        self._pair_settings = self._segmenter.settings
-        self._stage = "embedding the vocabulary"
-        self._worker.prepare_now()
-        if config.warm_up:
-            self._stage = "warming up"
-            self._segmenter.warm_up()
-
-    def _unload(self) -> None:
-        self._worker.forget()
-        if self._segmenter is not None:
-            self._segmenter.close()
-        self._segmenter = self._pair_settings = self._applied = None
-
-    def _prepare(self, request: Request) -> Generator[None, None, Snapshot]:
-        embeddings = yield from self._segmenter.embed_steps(request.vocabulary)
-        return Snapshot(request, embeddings, request.labels.id_table())
-
-    def _adopt(self, request: Request, snapshot: Snapshot) -> None:
-        self._tell_labels()
-
-    def _tell_labels(self) -> None:
-        snapshot = self._worker.snapshot
-        if self._outputs is None or snapshot is None:
-            return
-        self._apply(self._config)
-        request = snapshot.request
-        request.shown |= self._outputs.label_info(
-            request.labels,
-            request.config.background_name,
-            self._segmenter.settings.readout.threshold,
-            self.get_clock().now().to_msg(),
-        )
-
-    def _apply(self, config: NodeConfig) -> bool:
-        """Have the segmenter go by the settings of `config` that may change between images; whether any changed."""
-        if config is self._applied:
-            return False
-        settings = self._pair_settings.replaced(config.frame_settings())
-        different = settings != self._segmenter.settings
-        self._segmenter.settings, self._applied = settings, config
-        return different
-
     def _abandon(self, request: Request, error: Exception | None) -> None:
         self._registry.release(request.labels, shown=request.shown)
         if error is not None:
@@ -417,8 +385,7 @@ class NerveNode(LifecycleNode):
             self.get_logger().error(
                 f"the vocabulary {_listed(request.vocabulary.names)} could not be embedded; the one before serves"
             )
-            if self.executor is not None:
-                self.executor.create_task(self._set_back, request)
+            self._on_executor(self._set_back, request)
 
     def _set_back(self, request: Request) -> None:
         """Make the parameters say again what serves, after `request` failed (on the executor)."""
@@ -430,47 +397,37 @@ class NerveNode(LifecycleNode):
             [parameters.to_parameter(name, getattr(serving, name)) for name in parameters.VOCABULARY_FIELDS]
         )
 
-    def _process(self, frame: Frame, snapshot: Snapshot) -> None:
-        config, header = self._config, frame.message.header
-        stamp = header.stamp.sec + 1e-9 * header.stamp.nanosec
-        age = self.get_clock().now().nanoseconds * 1e-9 - stamp
-        if config.max_image_age and age > config.max_image_age:
-            self._health.dropped()
-            self.get_logger().warning(
-                f"image dropped: its stamp is {age:.2f} s old, max_image_age is {config.max_image_age:g} s",
-                throttle_duration_sec=THROTTLE,
-            )
-            return
-        if self._apply(config):
-            self._tell_labels()
-        started = time.perf_counter()
+    def _too_often_out_of_memory(self) -> None:
+        if self._config.on_out_of_memory == "cpu" and self._pipeline.segmenter.device.type != "cpu":
+            self._worker.submit(self._fall_back)
+        else:
+            self._on_executor(self._give_up, f"out of memory {OUT_OF_MEMORY_LIMIT} times in a row: deactivated")
+
+    def _fall_back(self) -> None:
+        self._fallen_back = f"running on the CPU: out of memory {OUT_OF_MEMORY_LIMIT} times in a row"
+        self.get_logger().error(f"out of memory {OUT_OF_MEMORY_LIMIT} times in a row: loading the models on the CPU")
         try:
-            image = to_rgb(frame.message)
-        except ImageError as error:
-            self._image_rejected(error)
+            self._unload()
+            self._load(self._config, "cpu")
+        except Exception as error:
+            self._failed(error)
+            self._on_executor(self._give_up, f"the models could not be loaded on the CPU: {error}")
             return
-        converted = time.perf_counter()
-        segmentation = self._segmenter(image, snapshot.embeddings)
-        computed = time.perf_counter()
-        self._operator = segmentation.operator
-        if self.state != "active" or not self.context.ok():
-            self._health.dropped()
-            return
-        self._outputs.image(
-            header, segmentation, snapshot.request.labels, snapshot.id_table, image, config.overlay_alpha
-        )
-        published = time.perf_counter()
-        self._health.segmented(
-            stamp=stamp,
-            now=self.get_clock().now().nanoseconds * 1e-9,
-            latency=time.monotonic() - frame.arrived,
-            stages_ms={
-                **segmentation.timings,
-                "convert": 1e3 * (converted - started),
-                "infer": 1e3 * (computed - converted),
-                "publish": 1e3 * (published - computed),
-            },
-        )
+        finally:
+            self._pipeline.stage = ""
+        self.get_logger().warning(f"{self._fallen_back}; {self._pipeline.segmenter.description}")
+
+    def _on_executor(self, do: Callable[..., None], *arguments: object) -> None:
+        if self.executor is not None:
+            self.executor.create_task(do, *arguments)
+
+    def _give_up(self, reason: str) -> None:
+        if self.state == "active":
+            self.trigger_deactivate()
+        if self._pipeline.segmenter is None and self.state == "inactive":
+            self.trigger_cleanup()
+        self.transition_error = reason
+        self.get_logger().error(reason)
 
     def _failed(self, error: Exception) -> None:
         if not self.context.ok():
@@ -492,25 +449,97 @@ class NerveNode(LifecycleNode):
             # Before the slot: a broken message must not push a good one out of it.
             self._image_rejected(error)
             return
-        if not self._worker.offer(Frame(message, time.monotonic())):
+        match = self._depth.follow(message.header) if self._config.use_depth else None
+        if not self._worker.offer(Frame(message, time.monotonic(), match)):
             self._health.dropped()
 
     def _image_rejected(self, error: ImageError) -> None:
         self._health.rejected(error.kind, str(error))
         self.get_logger().error(f"image on {self._image_topic} dropped: {error}", throttle_duration_sec=THROTTLE)
 
-    # Diagnostics, on the executor.
+    # Questions, on the executor.
+
+    def _on_enable(self, request: SetBool.Request, response: SetBool.Response) -> SetBool.Response:
+        result = self.set_parameters_atomically([Parameter("enabled", value=request.data)])
+        response.success, response.message = result.successful, result.reason
+        return response
+
+    def _on_locate(self, request: Locate.Request) -> Future[Locate.Response]:
+        answer: Future[Locate.Response] = Future()
+        refused = ""
+        try:
+            vocabulary = Vocabulary([request.name])
+        except ValueError as error:
+            refused = str(error)
+        if self.state != "active":
+            refused = f"the node is {self.state}; activate it first"
+        if not refused:
+            question = Question(vocabulary, time.monotonic(), answer)
+            self._questions = [asked for asked in self._questions if not asked.answer.done()]
+            if self._worker.ask(question):
+                self._questions.append(question)
+            else:
+                refused = f"{QUESTIONS} questions wait already; ask again when one of them is answered"
+        if refused:
+            settle(answer, not_located(refused))
+        return answer
+
+    def _expire_questions(self, timeout: float) -> None:
+        now = time.monotonic()
+        for question in self._questions:
+            if timeout and now - question.asked > timeout:
+                why = self._stuck() if self._stuck_for() else f"no image came on {self._image_topic}"
+                settle(question.answer, not_located(f"not searched within {timeout:g} s: {why}"))
+        self._questions = [question for question in self._questions if not question.answer.done()]
+
+    # Once a second, on the executor.
+
+    def _every_second(self) -> None:
+        config = self._config
+        if self._stuck_for():
+            self._tell_once("stuck", f"{self._stuck()}. It is here:\n{self._worker.stack()}")
+            if config.exit_when_stuck:
+                self.get_logger().fatal(f"{self._stuck()}: the process ends, as exit_when_stuck says")
+                self.exit_code = STUCK_EXIT_CODE
+                self.context.try_shutdown()
+                return
+        else:
+            self._told.discard("stuck")
+        self._expire_questions(config.inference_timeout)
+        self._publish_diagnostics()
+
+    def _tell_once(self, what: str, text: str) -> None:
+        """Log `text` as an error unless `what` was told already and is not over yet."""
+        if what not in self._told:
+            self._told.add(what)
+            self.get_logger().error(text)
+
+    def _stuck_for(self) -> float:
+        """Seconds that the image or question under way has taken, if that is more than inference_timeout; else 0."""
+        seconds, timeout = self._worker.busy_for, self._config.inference_timeout
+        return seconds if timeout and seconds > timeout else 0.0
+
+    def _stuck(self) -> str:
+        return (
+            f"the image under way has not ended for {self._worker.busy_for:.0f} s (inference_timeout is "
+            f"{self._config.inference_timeout:g} s)"
+        )
 
     def _publish_diagnostics(self) -> None:
         level, message = self._status()
-        segmenter = self._segmenter
-        values = {"state": self.state, "stage": self._stage}
+        segmenter = self._pipeline.segmenter
+        memory = segmenter.device_memory if segmenter else None
+        values = {"state": self.state, "stage": self._stage or self._pipeline.stage}
         values |= {
             "model": segmenter.pair_name if segmenter else self._config.model,
             "device": str(segmenter.device) if segmenter else "",
             "precision": str(segmenter.dtype) if segmenter else "",
-            "operator": self._operator,
+            "operator": self._pipeline.operator,
+            "enabled": str(self._config.enabled).lower(),
             "image_topic": self._image_topic,
+            "depth": self.resolve_topic_name("depth") if self._config.use_depth else "",
+            "memory_mb": f"{resident_bytes() / 1e6:.0f}",
+            "device_memory_mb": "" if memory is None else f"{memory / 1e6:.0f}",
             "vocabulary": _listed([name for name in self._config.vocabulary if name]),
         }
         self._diagnostics.publish(
@@ -527,19 +556,46 @@ class NerveNode(LifecycleNode):
     def _status(self) -> tuple[bytes, str]:
         if self.transition_error:
             return DiagnosticStatus.ERROR, self.transition_error
+        if self._stuck_for():
+            return DiagnosticStatus.ERROR, self._stuck()
         if self.state != "active":
             return DiagnosticStatus.OK, self.state
-        trouble = self._health.trouble()
+        trouble = self._health.trouble() or self._namesake() or self._silence()
         if trouble is not None:
             return trouble
+        if self._fallen_back:
+            return DiagnosticStatus.WARN, self._fallen_back
+        if not self._config.enabled:
+            return DiagnosticStatus.OK, "disabled: ~/locate answers, nothing is published until ~/enable"
+        return DiagnosticStatus.OK, "active"
+
+    def _namesake(self) -> tuple[bytes, str] | None:
+        if not namesakes(self):
+            self._alone_at = time.monotonic()
+            self._told.discard("namesake")
+        if time.monotonic() - self._alone_at < NAMESAKE_WARNING:
+            return None
+        text = (
+            f"another node is called {self.get_fully_qualified_name()}: both publish on the same topics; start one of "
+            "them in a namespace of its own"
+        )
+        self._tell_once("namesake", text)
+        return DiagnosticStatus.WARN, text
+
+    def _silence(self) -> tuple[bytes, str] | None:
         silence = self._health.seconds_without_image()
         active = time.monotonic() - self._active_since
         silence = active if silence is None else min(silence, active)
-        if silence > NO_IMAGE_WARNING:
-            publishers = self.count_publishers(self._image_topic)
-            who = f"{publishers} publish there" if publishers else "nobody publishes there"
-            return DiagnosticStatus.WARN, f"no image on {self._image_topic} for {silence:.0f} s; {who}"
-        return DiagnosticStatus.OK, "active"
+        if silence <= NO_IMAGE_WARNING:
+            self._told.discard("no image")
+            return None
+        image = self._inputs[0]
+        kind = "sensor_msgs/msg/" + image.msg_type.__name__
+        why = why_no_image(self, self._image_topic, kind, image.qos_profile)
+        if "no image" not in self._told:
+            self._told.add("no image")
+            self.get_logger().warning(f"no image on {self._image_topic} for {silence:.0f} s; {why}")
+        return DiagnosticStatus.WARN, f"no image on {self._image_topic} for {silence:.0f} s; {why}"
 
 
 def _vocabulary_differs(one: NodeConfig, other: NodeConfig) -> bool:

@@ -21,7 +21,8 @@ THROTTLE = 5.0
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the node until SIGINT or SIGTERM; returns the exit code: 0, or 2 where it cannot be started as asked."""
+    """Run the node until SIGINT or SIGTERM; returns the exit code: 0, 2 where it cannot be started as asked, or 70
+    where it was stuck and exit_when_stuck is set."""
     # Before torch is imported, which reads them then. Threads that spin while they wait take the processor from the
     # rest of the robot: on two busy cores an image took 0.3 s with these and 8 s without. One core is left to ROS.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -66,7 +67,11 @@ def main(args: Sequence[str] | None = None) -> int:
             raise
     finally:
         ended = node is None or node.close()
+        code = code or (node.exit_code if node is not None else 0)
         rclpy.try_shutdown()
+        # A terminal and ros2 launch both send one at Ctrl-C: the second is not to cut off the end, which gives Fast DDS's
+        # shared memory back.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     if not ended:
         # A model that is still loading holds the thread, and would hold the interpreter's end too.
         sys.stdout.flush()

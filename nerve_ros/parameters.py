@@ -39,6 +39,9 @@ PAIR_VALUE = -1.0
 NO_NAMES = ("",)
 """How a parameter file writes an empty list of strings: ROS 2 cannot tell the type of ``[]``."""
 
+MAX_CONFIDENCE_CLASSES = 16
+"""Topics of single classes that the node has at most."""
+
 PAIR_NEGATIVES = ("default",)
 """What ``negatives`` holds where the model pair's own list is meant."""
 
@@ -99,6 +102,17 @@ class NodeConfig:
         low=-1.0,
         high=1.0,
     )
+    confidence_classes: tuple[str, ...] = _parameter(
+        NO_NAMES,
+        "Names whose probability at every pixel is published too, on segmentation/confidence/<name>_<id>, while they "
+        "are in the vocabulary; 0 to 16. [''] means none.",
+        when=ALWAYS,
+    )
+    enabled: bool = _parameter(
+        True,
+        "Segment and publish. false: only keep the newest image, for the service ~/locate; follows ~/enable too.",
+        when=ALWAYS,
+    )
     model: str = _parameter(
         "embedded", "The model pair: a name ('embedded', 'sd21-clipl14', ...) or a folder.", when=UNCONFIGURED
     )
@@ -141,6 +155,19 @@ class NodeConfig:
         when=UNCONFIGURED,
         choices=("raw", "compressed"),
     )
+    use_depth: bool = _parameter(
+        False,
+        "Read depth (sensor_msgs/Image, registered to the camera) and camera_info, so that ~/locate answers with a "
+        "point in metres too.",
+        when=UNCONFIGURED,
+    )
+    depth_tolerance: float = _parameter(
+        0.1,
+        "Seconds that a depth image and the image it is used with may lie apart at most.",
+        when=ALWAYS,
+        low=0.0,
+        high=60.0,
+    )
     max_rate: float = _parameter(
         0.0,
         "Segment at most this many images a second. 0: as many as the machine manages.",
@@ -176,6 +203,25 @@ class NodeConfig:
         "the log says so and they run as they are.",
         when=UNCONFIGURED,
     )
+    inference_timeout: float = _parameter(
+        30.0,
+        "Seconds after which an image that is still being worked on is an ERROR in the diagnostics, and ~/locate stops "
+        "waiting. 0: never.",
+        when=ALWAYS,
+        low=0.0,
+        high=3600.0,
+    )
+    exit_when_stuck: bool = _parameter(
+        False,
+        "End the process (exit code 70) where inference_timeout is exceeded, so that launch starts it again (respawn).",
+        when=ALWAYS,
+    )
+    on_out_of_memory: str = _parameter(
+        "cpu",
+        "What to do where three images in a row found no memory: load the models on the CPU, or deactivate.",
+        when=ALWAYS,
+        choices=("cpu", "deactivate"),
+    )
     autostart: bool = _parameter(True, "Configure and activate at start, without a lifecycle manager.", when=START)
 
     def __post_init__(self) -> None:
@@ -204,6 +250,14 @@ class NodeConfig:
             raise ParameterError(
                 f"background_name is {_short(name)}; accepted: 1 to 128 characters, no control characters"
             )
+        classes = _names(self.confidence_classes)
+        if len(classes) > MAX_CONFIDENCE_CLASSES:
+            raise ParameterError(
+                f"confidence_classes has {len(classes)} names; accepted: at most {MAX_CONFIDENCE_CLASSES}. The topic "
+                "~/dense has the maps of all names"
+            )
+        if not all(name.strip() for name in classes):
+            raise ParameterError("confidence_classes has an empty name; accepted: names, or [''] alone for none")
         if not self.model.strip():
             raise ParameterError("model is empty; accepted: the name of a model pair, or its folder")
         if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", self.device):
@@ -216,6 +270,12 @@ class NodeConfig:
         """
         negatives = None if self.negatives == PAIR_NEGATIVES else _names(self.negatives)
         return Vocabulary(_names(self.vocabulary), negatives=negatives)
+
+    def dense_names(self) -> frozenset[str]:
+        """The names of ``confidence_classes`` as they are compared: in NFC and without case."""
+        return frozenset(
+            unicodedata.normalize("NFC", name.strip()).casefold() for name in _names(self.confidence_classes)
+        )
 
     def load_settings(self) -> dict[str, object]:
         """The settings of the method that override the model pair's own as it is loaded."""

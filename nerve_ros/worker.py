@@ -2,13 +2,16 @@
 
 Whatever touches a model runs here, in this order of urgency: jobs (load, unload), then an image and a step of the
 next vocabulary in turn. Images do not queue: the newest replaces the one that waits. A vocabulary is prepared in steps
-between images while the one before it serves, so that a long list of names never stops the stream.
+between images while the one before it serves, so that a long list of names never stops the stream. A question is
+answered from the newest image: the one that waits, once it was worked on, else the last one that was.
 """
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
@@ -18,7 +21,11 @@ Item = TypeVar("Item")
 Image = TypeVar("Image")
 Request = TypeVar("Request")
 Snapshot = TypeVar("Snapshot")
+Question = TypeVar("Question")
 Result = TypeVar("Result")
+
+QUESTIONS = 8
+"""Questions that may wait; one more is turned away, so that whoever asks too often does not stop the rest."""
 
 
 class Mailbox(Generic[Item]):
@@ -27,13 +34,11 @@ class Mailbox(Generic[Item]):
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._item: Item | None = None
-        self._replaced = 0
 
     def put(self, item: Item) -> Item | None:
         """Lay `item` in the slot and return the one it replaces, which nobody will take any more."""
         with self._lock:
             before, self._item = self._item, item
-            self._replaced += before is not None
             return before
 
     def put_if_empty(self, item: Item) -> bool:
@@ -55,21 +60,18 @@ class Mailbox(Generic[Item]):
         """Whether something is in the slot."""
         return self._item is not None
 
-    @property
-    def replaced(self) -> int:
-        """How many items were replaced before anybody took them."""
-        return self._replaced
 
-
-class Worker(Generic[Image, Request, Snapshot]):
+class Worker(Generic[Image, Request, Snapshot, Question]):
     """A thread that works on images with the snapshot of a vocabulary, and on the next vocabulary in between.
 
     process(image, snapshot): one image, from conversion to publishing.
     prepare(request): a generator that yields between steps and returns the snapshot of a vocabulary.
     adopt(request, snapshot): the new snapshot serves from now on; called before the first image that it is used for.
     abandon(request, error): a request was given up, for a newer one (error None) or because of an error.
+    answer(question): a question about the image that was worked on last.
     failed(error): one of the others raised; the thread goes on.
     All of them are called on the thread. `min_interval()`: seconds between the starts of two images, at least.
+    `enabled()`: whether images are worked on as they come; if not, only where a question waits.
     """
 
     def __init__(
@@ -79,23 +81,30 @@ class Worker(Generic[Image, Request, Snapshot]):
         prepare: Callable[[Request], Generator[None, None, Snapshot]],
         adopt: Callable[[Request, Snapshot], None],
         abandon: Callable[[Request, Exception | None], None],
+        answer: Callable[[Question], None],
         failed: Callable[[Exception], None],
         min_interval: Callable[[], float] = lambda: 0.0,
+        enabled: Callable[[], bool] = lambda: True,
     ) -> None:
         self._process = process
         self._prepare = prepare
         self._adopt = adopt
         self._abandon = abandon
+        self._answer = answer
         self._failed = failed
         self._min_interval = min_interval
+        self._enabled = enabled
         self._wake = threading.Condition()
         self._jobs: deque[tuple[Future, Callable[[], object]]] = deque()
         self._images: Mailbox[Image] = Mailbox()
         self._requests: Mailbox[Request] = Mailbox()
+        self._questions: deque[Question] = deque()
         self._preparing: tuple[Request, Generator[None, None, Snapshot]] | None = None
         self._snapshot: tuple[Request, Snapshot] | None = None
         self._last_start = -float("inf")
+        self._busy_since: float | None = None
         self._vocabulary_turn = False
+        self._seen_one = False
         self._running = False
         self._ready = False
         self._closing = False
@@ -127,17 +136,34 @@ class Worker(Generic[Image, Request, Snapshot]):
             self._wake.notify()
         return replaced
 
+    def ask(self, question: Question) -> bool:
+        """Have `question` answered; False where too many wait already."""
+        with self._wake:
+            if len(self._questions) >= QUESTIONS:
+                return False
+            self._questions.append(question)
+            self._wake.notify()
+        return True
+
+    def wake(self) -> None:
+        """Look again at what there is to do: `enabled` or `min_interval` may say something else now."""
+        with self._wake:
+            self._wake.notify()
+
     def resume(self) -> None:
         """Work on images from now on."""
         with self._wake:
-            self._running = True
+            self._running, self._seen_one = True, False
             self._wake.notify()
 
-    def pause(self) -> None:
-        """Begin no further image, and forget the one that waits."""
+    def pause(self) -> list[Question]:
+        """Begin no further image, and forget the one that waits; returns the questions that nobody will answer now."""
         with self._wake:
             self._running = False
+            left = list(self._questions)
+            self._questions.clear()
         self._images.take()
+        return left
 
     @property
     def snapshot(self) -> Snapshot | None:
@@ -146,9 +172,15 @@ class Worker(Generic[Image, Request, Snapshot]):
         return None if current is None else current[1]
 
     @property
-    def replaced(self) -> int:
-        """Images that a newer one replaced before their turn came."""
-        return self._images.replaced
+    def busy_for(self) -> float:
+        """Seconds since the image, question or vocabulary step under way began; 0 where none is. Jobs do not count."""
+        since = self._busy_since
+        return 0.0 if since is None else time.monotonic() - since
+
+    def stack(self) -> str:
+        """Where the thread is now, as a traceback's text."""
+        frame = sys._current_frames().get(self._thread.ident)
+        return "".join(traceback.format_stack(frame)) if frame is not None else "the thread has ended"
 
     def close(self, timeout: float) -> bool:
         """End the thread; whether it ended within `timeout` seconds."""
@@ -199,25 +231,34 @@ class Worker(Generic[Image, Request, Snapshot]):
                     self._wake.wait(self._pause_before_image())
                 if self._closing:
                     return
+            if work != self._job:
+                self._busy_since = time.monotonic()
             try:
                 work()
             except Exception as error:
                 self._failed(error)
+            self._busy_since = None
 
     def _next(self) -> Callable[[], None] | None:
         if self._jobs:
             return self._job
         vocabulary = self._ready and (self._preparing is not None or self._requests.waiting)
         image = self._image_waits() and self._pause_before_image() is None
-        if vocabulary and (self._vocabulary_turn or not image):
+        question = self._serving() and self._seen_one and bool(self._questions)
+        if vocabulary and (self._vocabulary_turn or not (image or question)):
             return self._vocabulary_step
-        return self._image if image else None
+        if image:
+            return self._image
+        return self._answers if question else None
+
+    def _serving(self) -> bool:
+        return self._running and self._ready and self._snapshot is not None
 
     def _image_waits(self) -> bool:
-        return self._running and self._ready and self._snapshot is not None and self._images.waiting
+        return self._serving() and self._images.waiting and (bool(self._questions) or self._enabled())
 
     def _pause_before_image(self) -> float | None:
-        if not self._image_waits():
+        if not self._image_waits() or self._questions:
             return None
         left = self._last_start + self._min_interval() - time.monotonic()
         return left if left > 0.0 else None
@@ -235,7 +276,19 @@ class Worker(Generic[Image, Request, Snapshot]):
         if image is None or current is None:
             return
         self._last_start = time.monotonic()
-        self._process(image, current[1])
+        try:
+            self._process(image, current[1])
+        finally:
+            self._seen_one = True
+        self._answers()
+
+    def _answers(self) -> None:
+        self._vocabulary_turn = True
+        with self._wake:
+            questions = list(self._questions)
+            self._questions.clear()
+        for question in questions:
+            self._answer(question)
 
     def _vocabulary_step(self) -> None:
         self._vocabulary_turn = False

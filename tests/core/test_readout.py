@@ -276,7 +276,7 @@ def described(labels, confidence, present, peak):
     certainty = np.array([confidence[labels == label].sum(dtype=np.int64) for label in range(count)])
     tensors = (torch.from_numpy(x) for x in (labels, confidence))
     counts = (torch.from_numpy(x) for x in (by_row.astype(np.int32), by_column.astype(np.int32), certainty))
-    return Readout(*tensors, present, peak, *counts)
+    return Readout(*tensors, present, peak, *counts, maps=torch.empty(0))
 
 
 @settings(max_examples=60)

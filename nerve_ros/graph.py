@@ -1,0 +1,49 @@
+"""What the ROS graph tells about trouble: why no image comes, and who else goes by the node's name."""
+
+from __future__ import annotations
+
+from rclpy.node import Node
+from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
+from rclpy.topic_endpoint_info import TopicEndpointInfo
+
+
+def why_no_image(node: Node, topic: str, message_type: str, qos: QoSProfile) -> str:
+    """Why a subscription of `node` to `topic` with `qos` may get nothing, and what helps.
+
+    message_type: what it takes, such as "sensor_msgs/msg/Image".
+    """
+    publishers = node.get_publishers_info_by_topic(topic)
+    if not publishers:
+        return "nobody publishes there"
+    reasons = [reason for publisher in publishers for reason in _obstacles(publisher, topic, message_type, qos)]
+    if reasons:
+        return "; ".join(dict.fromkeys(reasons))
+    return (
+        f"{len(publishers)} {'publishes' if len(publishers) == 1 else 'publish'} there: is it running? Images above "
+        "512 kB also need FASTDDS_DEFAULT_PROFILES_FILE at the publisher, see config/fastdds.xml"
+    )
+
+
+def _obstacles(publisher: TopicEndpointInfo, topic: str, message_type: str, qos: QoSProfile) -> list[str]:
+    who = f"{publisher.node_namespace.rstrip('/')}/{publisher.node_name}"
+    if publisher.topic_type != message_type:
+        return [f"{who} publishes {publisher.topic_type} there, and {message_type} is read (see image_transport)"]
+    theirs, found = publisher.qos_profile, []
+    override = f"set the parameter qos_overrides.{topic}.subscription"
+    if qos.reliability == ReliabilityPolicy.RELIABLE and theirs.reliability == ReliabilityPolicy.BEST_EFFORT:
+        found.append(
+            f"{who} publishes with reliability best_effort, and reliable is asked for: {override}.reliability to "
+            "best_effort"
+        )
+    if qos.durability == DurabilityPolicy.TRANSIENT_LOCAL and theirs.durability == DurabilityPolicy.VOLATILE:
+        found.append(
+            f"{who} publishes with durability volatile, and transient_local is asked for: {override}.durability to "
+            "volatile"
+        )
+    return found
+
+
+def namesakes(node: Node) -> int:
+    """How many other nodes have the name and namespace of `node`; one that was killed counts until it is forgotten."""
+    own = (node.get_name(), node.get_namespace())
+    return node.get_node_names_and_namespaces().count(own) - 1

@@ -1,0 +1,330 @@
+"""The whole way from image to published mask, as the worker's thread walks it; nothing here runs on the executor.
+
+What the executor reads of it (stage, operator, segmenter) is replaced, never changed. An image is worked on with one
+snapshot of vocabulary and labels from start to end, whatever is asked for meanwhile.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import cv2
+import numpy as np
+from rclpy.clock import Clock
+from rclpy.impl.rcutils_logger import RcutilsLogger
+from sensor_msgs.msg import CompressedImage, Image
+
+from nerve_core import Vocabulary
+from nerve_ros.depth import Match
+from nerve_ros.health import Health
+from nerve_ros.images import ImageError, to_rgb
+from nerve_ros.labels import Labels
+from nerve_ros.outputs import Outputs
+from nerve_ros.parameters import NodeConfig
+from nerve_ros.services import located, not_located, settle
+from nerve_ros.srv import Locate
+
+if TYPE_CHECKING:
+    from nerve_core import Segmentation, Segmenter
+    from nerve_core.segmenter import EncodedImage
+    from nerve_core.settings import Settings
+    from nerve_core.text import QueryEmbeddings
+
+THROTTLE = 5.0
+"""Seconds between two log lines about images that cannot be used."""
+
+OUT_OF_MEMORY_LIMIT = 3
+"""Images in a row that found no memory, after which the parameter on_out_of_memory says what to do."""
+
+
+@dataclass(frozen=True)
+class Frame:
+    """An image message, when it came in (seconds of the steady clock), and the depth image that goes with it."""
+
+    message: Image | CompressedImage
+    arrived: float
+    match: Match | None = None
+
+
+@dataclass
+class Request:
+    """A vocabulary that was accepted: what it means, its ids, and whether anybody was told of them."""
+
+    config: NodeConfig
+    vocabulary: Vocabulary
+    labels: Labels
+    shown: bool = False
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Everything an image needs of one vocabulary."""
+
+    request: Request
+    embeddings: QueryEmbeddings
+    id_table: np.ndarray
+
+
+@dataclass(frozen=True)
+class Question:
+    """Where one thing is: a vocabulary of a single name, when it was asked (steady clock), and who waits for it."""
+
+    vocabulary: Vocabulary
+    asked: float
+    answer: Future[Locate.Response]
+
+
+@dataclass
+class Seen:
+    """The newest image that could be read, and what was worked out of it so far."""
+
+    frame: Frame
+    image: np.ndarray
+    snapshot: Snapshot
+    encoded: EncodedImage | None = None
+    segmentation: Segmentation | None = None
+
+
+class Pipeline:
+    """A loaded model pair and the image it saw last.
+
+    config(): the parameters now. publishing(): whether the node is active and the process is not about to end.
+    too_often_out_of_memory(): called once OUT_OF_MEMORY_LIMIT images in a row found no memory.
+    """
+
+    def __init__(
+        self,
+        *,
+        log: RcutilsLogger,
+        clock: Clock,
+        health: Health,
+        config: Callable[[], NodeConfig],
+        publishing: Callable[[], bool],
+        too_often_out_of_memory: Callable[[], None],
+    ) -> None:
+        self._log, self._clock, self._health = log, clock, health
+        self._config, self._publishing = config, publishing
+        self._too_often_out_of_memory = too_often_out_of_memory
+        self.segmenter: Segmenter | None = None
+        self.outputs: Outputs | None = None
+        self.stage = self.operator = ""
+        self._pair_settings: Settings | None = None
+        self._applied: NodeConfig | None = None
+        self._seen: Seen | None = None
+        self._unseen = ""
+        self._out_of_memory_in_a_row = 0
+
+    # Loading.
+
+    def load(self, config: NodeConfig, device: str) -> None:
+        """Load the model pair that `config` names on `device`. Raises ModelError, ValueError or RuntimeError."""
+        from nerve_core import Segmenter
+        from nerve_core.models import quiet_libraries
+
+        quiet_libraries()
+        self.stage = f"loading model pair '{config.model}'"
+        self.segmenter = Segmenter.from_pretrained(
+            config.model,
+            device=device,
+            dtype=None if config.precision == "auto" else config.precision,
+            preset=config.preset,
+            revision=config.revision or None,
+            cache_dir=config.cache_dir or None,
+            offline=True if config.offline else None,
+            settings=config.load_settings(),
+            compile=config.compile,
+        )
+        self._pair_settings = self.segmenter.settings
+        self._out_of_memory_in_a_row = 0
+        self.stage = "embedding the vocabulary"
+
+    def warm_up(self) -> None:
+        """Run one image through the models, so that the first real one is not slow."""
+        self.stage = "warming up"
+        self.segmenter.warm_up()
+
+    def unload(self) -> None:
+        """Give the models' memory back."""
+        self.forget("the model is not loaded")
+        if self.segmenter is not None:
+            self.segmenter.close()
+        self.segmenter = self._pair_settings = self._applied = None
+
+    def forget(self, reason: str) -> None:
+        """Forget the image that was seen last; `reason` is why none can be searched until another comes."""
+        self._seen, self._unseen = None, reason
+
+    # Vocabularies.
+
+    def prepare(self, request: Request) -> Generator[None, None, Snapshot]:
+        """The snapshot of `request`, in steps between which images can be worked on."""
+        embeddings = yield from self.segmenter.embed_steps(request.vocabulary)
+        return Snapshot(request, embeddings, request.labels.id_table())
+
+    def tell_labels(self, snapshot: Snapshot | None) -> None:
+        """Publish the LabelInfo of `snapshot` where it is news, and have the topics that it needs."""
+        if self.outputs is None or snapshot is None:
+            return
+        config = self._config()
+        self._apply(config)
+        request = snapshot.request
+        request.shown |= self.outputs.label_info(
+            request.labels,
+            request.config.background_name,
+            self.segmenter.settings.readout.threshold,
+            self._clock.now().to_msg(),
+        )
+        self.outputs.confidence_topics(request.labels, config.dense_names())
+
+    def _apply(self, config: NodeConfig) -> bool:
+        """Have the segmenter go by the settings of `config` that may change between images; whether any changed."""
+        if config is self._applied:
+            return False
+        settings = self._pair_settings.replaced(config.frame_settings())
+        different = settings != self.segmenter.settings or (
+            self._applied is not None and config.confidence_classes != self._applied.confidence_classes
+        )
+        self.segmenter.settings, self._applied = settings, config
+        return different
+
+    # Images.
+
+    def process(self, frame: Frame, snapshot: Snapshot) -> None:
+        """Segment the image of `frame` and publish what there is to say of it; only look at it while disabled."""
+        from nerve_core import OutOfMemory
+
+        # Whatever goes wrong from here on, an older image is not the newest.
+        self.forget("the newest image could not be segmented; the log and the diagnostics say why")
+        try:
+            self._process(frame, snapshot)
+        except OutOfMemory as error:
+            self.forget(str(error))
+            self._out_of_memory(error)
+
+    def _process(self, frame: Frame, snapshot: Snapshot) -> None:
+        config, header = self._config(), frame.message.header
+        stamp = header.stamp.sec + 1e-9 * header.stamp.nanosec
+        age = self._clock.now().nanoseconds * 1e-9 - stamp
+        if config.max_image_age and age > config.max_image_age:
+            self._health.dropped()
+            reason = f"its stamp is {age:.2f} s old, max_image_age is {config.max_image_age:g} s"
+            self.forget(f"the newest image is too old: {reason}")
+            self._log.warning(f"image dropped: {reason}", throttle_duration_sec=THROTTLE)
+            return
+        if self._apply(config):
+            self.tell_labels(snapshot)
+        started = time.perf_counter()
+        try:
+            image = to_rgb(frame.message)
+        except ImageError as error:
+            self.forget(f"the newest image cannot be read: {error}")
+            self._health.rejected(error.kind, str(error))
+            self._log.error(f"image dropped: {error}", throttle_duration_sec=THROTTLE)
+            return
+        converted = time.perf_counter()
+        seen = Seen(frame, image, snapshot)
+        if not config.enabled:
+            self._seen = seen
+            return
+        wanted = self.outputs.wanted_maps(snapshot.request.labels)
+        self._segment(seen, wanted)
+        computed = time.perf_counter()
+        self._out_of_memory_in_a_row = 0
+        self._seen = seen
+        if not self._publishing():
+            self._health.dropped()
+            return
+        self.outputs.image(
+            header, seen.segmentation, snapshot.request.labels, snapshot.id_table, image, config.overlay_alpha, wanted
+        )
+        published = time.perf_counter()
+        self._health.segmented(
+            stamp=stamp,
+            now=self._clock.now().nanoseconds * 1e-9,
+            latency=time.monotonic() - frame.arrived,
+            stages_ms={
+                **seen.segmentation.timings,
+                "convert": 1e3 * (converted - started),
+                "infer": 1e3 * (computed - converted),
+                "publish": 1e3 * (published - computed),
+            },
+        )
+
+    def _segment(self, seen: Seen, maps: tuple[int, ...] = ()) -> None:
+        from nerve_core.segmenter import unlabelled
+
+        if not seen.snapshot.embeddings.names:
+            seen.segmentation = unlabelled(seen.image.shape[:2])
+            return
+        if seen.encoded is None:
+            seen.encoded = self.segmenter.encode(seen.image)
+        seen.segmentation = self.segmenter.segment(seen.encoded, seen.snapshot.embeddings, maps=maps)
+        self.operator = seen.segmentation.operator
+
+    def _out_of_memory(self, error: Exception) -> None:
+        self._health.failed(f"{error}: image dropped")
+        self._out_of_memory_in_a_row += 1
+        self._log.error(f"{error}: image dropped ({self._out_of_memory_in_a_row} in a row)")
+        if self._out_of_memory_in_a_row == OUT_OF_MEMORY_LIMIT:
+            self._too_often_out_of_memory()
+
+    # Questions.
+
+    def answer(self, question: Question) -> None:
+        """Say where the question's name is in the newest image; the published vocabulary is not touched."""
+        if question.answer.done():
+            return
+        try:
+            response = self._search(question.vocabulary)
+        except Exception as error:
+            self._health.failed(f"locate: {error}")
+            response = not_located(f"the search failed: {error}")
+            self._log.error(f"locate failed: {error!r}", throttle_duration_sec=THROTTLE)
+        if settle(question.answer, response):
+            self._health.located(time.monotonic() - question.asked)
+
+    def _search(self, wanted: Vocabulary) -> Locate.Response:
+        seen = self._seen
+        if seen is None:
+            return not_located(self._unseen)
+        serving = seen.snapshot.request.vocabulary
+        label = label_of(wanted, serving)
+        if label is not None:
+            if seen.segmentation is None:
+                self._segment(seen)
+            segmentation = seen.segmentation
+        else:
+            # What the robot looks for anyway competes with it for the pixels, as it would within the vocabulary.
+            competing, label = beside(wanted, serving)
+            if seen.encoded is None:
+                seen.encoded = self.segmenter.encode(seen.image)
+            embeddings = self.segmenter.embed(competing)
+            segmentation = self.segmenter.segment(seen.encoded, embeddings, follow=False)
+        mask = cv2.compare(segmentation.labels, label, cv2.CMP_EQ)
+        return located(seen.frame.message.header, segmentation.class_confidence[label - 1], mask, seen.frame.match)
+
+
+def label_of(wanted: Vocabulary, serving: Vocabulary) -> int | None:
+    """The label of the class of `serving` that the single name of `wanted` is a word of; None where it is of none."""
+    key = wanted.names[0].casefold()
+    for label, words in enumerate(serving.synonyms, 1):
+        if key in (word.casefold() for word in words):
+            return label
+    return None
+
+
+def beside(wanted: Vocabulary, serving: Vocabulary) -> tuple[Vocabulary, int]:
+    """`serving` with the single name of `wanted`, which is none of its words, as one class more; and its label.
+
+    By itself where there is no room for one more.
+    """
+    name, others = "|".join(wanted.synonyms[0]), ["|".join(words) for words in serving.synonyms]
+    try:
+        made = Vocabulary([*others, name], negatives=serving.negatives)
+    except ValueError:
+        made = Vocabulary([name], negatives=serving.negatives)
+    return made, len(made)
