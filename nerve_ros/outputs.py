@@ -48,9 +48,8 @@ def with_ids(segmentation: Segmentation, labels: Labels, id_table: np.ndarray) -
     """`segmentation` in class ids instead of labels; where a pixel is unlabelled (255) its confidence is 0."""
     mask = cv2.LUT(segmentation.labels, id_table)
     confidence = segmentation.confidence_u8
-    unlabelled = mask == UNLABELLED_ID
-    if unlabelled.any():
-        confidence = np.where(unlabelled, np.uint8(0), confidence)
+    if cv2.minMaxLoc(mask)[1] == UNLABELLED_ID:
+        confidence = np.where(mask == UNLABELLED_ID, np.uint8(0), confidence)
     entries = zip(segmentation.class_confidence, labels.names, labels.ids, strict=True)
     return Masks(mask, confidence, [_class_message(seen, name, number) for seen, name, number in entries])
 

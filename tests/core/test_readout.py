@@ -66,6 +66,28 @@ def assert_as_slow(G, P, classes, names, grid, size, config):
     return ours
 
 
+@given(seed=st.integers(0, 99), presence_minmax=st.booleans())
+@settings(max_examples=25)
+def test_a_class_map_is_its_best_querys_score_at_every_pixel_whatever_wins_there(seed, presence_minmax):
+    grid, size, classes = (3, 4), (11, 9), [2, 1, 2, 0, 3]
+    G, P = probabilities(12, 5, seed), probabilities(12, 5, seed + 1)
+    config = ReadoutConfig(readout="presence_minmax" if presence_minmax else "argmax", threshold=0.5)
+    read = read_out(G, P, torch.tensor(classes), 3, grid, size, config, maps=[[0, 2], [4]])
+    plain = read_out(G, P, torch.tensor(classes), 3, grid, size, config)
+    assert torch.equal(read.labels, plain.labels)
+    assert torch.equal(read.confidence, plain.confidence)
+    assert tuple(plain.maps.shape) == (0, *size)
+    scores = P.double().numpy()
+    if presence_minmax:
+        found = (G.amax(0) + P.amax(0)).double().numpy() / 2
+        scores = (scores - scores.min(0)) / (scores.max(0) - scores.min(0)) * found
+    planes = np.stack([slow_bilinear(plane.reshape(grid), size) for plane in scores.T]) * 255
+    wanted = np.stack([np.maximum(planes[0], planes[2]), planes[4]])
+    np.testing.assert_allclose(read.maps.numpy(), wanted, rtol=0, atol=0.5 + 1e-3)
+    for plane, label in zip(read.maps, (2, 3), strict=True):
+        assert torch.equal(plane[read.labels == label], read.confidence[read.labels == label])
+
+
 def assert_counted(read, names):
     """The counts of a readout are those of its labels and confidence, by loops."""
     labels, confidence = read.labels.numpy(), read.confidence.numpy()

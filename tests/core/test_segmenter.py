@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nerve_core import ClassConfidence, Segmentation, Segmenter, Vocabulary
+from nerve_core import ClassConfidence, OutOfMemory, Segmentation, Segmenter, Vocabulary
 from nerve_core import segmenter as rooms
 from nerve_core.embedded.scenes import NAMES, draw_scene
 from nerve_core.pairs import find_pair
@@ -403,3 +403,114 @@ def test_close_lets_the_models_go():
     segmenter.close()
     gc.collect()
     assert unet() is None
+
+
+# One image, several vocabularies.
+
+
+def test_an_encoded_image_gives_for_each_vocabulary_what_a_frame_of_its_own_gives(segmenter, scene):
+    encoded = segmenter.encode(scene.image)
+    for names in (["ball", "ladder|steps"], ["chair"], [], list(NAMES), ["ball", "ladder|steps"]):
+        vocabulary = Vocabulary(names)
+        again = segmenter.segment(encoded, segmenter.embed(vocabulary))
+        assert same(again, segmenter(scene.image, vocabulary))
+        encoded = segmenter.encode(scene.image)
+
+
+def test_the_maps_that_are_asked_for_are_those_of_the_names_with_their_synonyms(segmenter, scene):
+    queries = segmenter.embed(Vocabulary(["ball|sphere", "ladder", "chair|seat|stool"]))
+    encoded = segmenter.encode(scene.image)
+    found = segmenter.segment(encoded, queries, maps=(3, 1))
+    assert same(found, segmenter.segment(encoded, queries))
+    assert found.maps.dtype == np.uint8
+    assert found.maps.shape == (2, *scene.image.shape[:2])
+    for plane, label in zip(found.maps, (3, 1), strict=True):
+        here = found.labels == label
+        assert (plane[here] == found.confidence_u8[here]).all()
+        assert (plane <= found.confidence_u8.max()).all()
+        peak = found.class_confidence[label - 1].peak_probability
+        assert plane.max() <= round(peak * 255) + 1
+
+
+def test_a_question_beside_the_stream_does_not_move_where_its_next_walk_starts(cache, scene):
+    settings = SMALL | {"previous_frame_start": True, "steps": 2}
+    other = Vocabulary(["lamp"])
+    results = []
+    for asked in (False, True):
+        segmenter = Segmenter.from_pretrained("embedded", device="cpu", cache_dir=cache, settings=settings)
+        queries = segmenter.embed(Vocabulary(["ball", "chair"]))
+        encoded = segmenter.encode(scene.image)
+        segmenter.segment(encoded, queries)
+        if asked:
+            segmenter.segment(encoded, segmenter.embed(other), follow=False)
+        results.append(segmenter.segment(segmenter.encode(scene.image[::-1].copy()), queries))
+    assert same(*results)
+
+
+# Out of memory.
+
+STAGES_THAT_ALLOCATE = {
+    "preprocess": ("nerve_core.frame._pixels", lambda s, image, queries: s.encode(image)),
+    "clip": ("nerve_core.dense_clip.DenseClip.features", lambda s, image, queries: s.encode(image)),
+    "diffusion": ("nerve_core.diffusion.tapped_projections", lambda s, image, queries: s.encode(image)),
+    "probabilities": ("nerve_core.dense_clip.DenseClip.probabilities", lambda s, image, queries: s(image, queries)),
+    "refine": ("nerve_core.segmenter.refine", lambda s, image, queries: s(image, queries)),
+    "readout": ("nerve_core.segmenter.read_out", lambda s, image, queries: s(image, queries)),
+    "text": ("nerve_core.segmenter.vocabulary_steps", lambda s, image, queries: s.embed(Vocabulary(["new name"]))),
+    "warm_up": ("nerve_core.segmenter.refine", lambda s, image, queries: s.warm_up()),
+}
+LACKS = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nmore"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory"),
+    MemoryError(),
+]
+
+
+@pytest.mark.parametrize("stage", STAGES_THAT_ALLOCATE)
+@pytest.mark.parametrize("lack", LACKS, ids=lambda error: type(error).__name__)
+def test_a_lack_of_memory_at_any_stage_is_told_and_the_next_image_is_segmented(cache, scene, monkeypatch, stage, lack):
+    segmenter = Segmenter.from_pretrained("embedded", device="cpu", cache_dir=cache, settings=SMALL)
+    queries = segmenter.embed(Vocabulary(["ball", "chair"]))
+    before = segmenter(scene.image, queries)
+    place, act = STAGES_THAT_ALLOCATE[stage]
+
+    def lacking(*arguments, **named):
+        raise lack
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, lacking)
+        if stage == "clip":
+            patch.setattr(segmenter.frame_part, "_look", lacking)
+        with pytest.raises(OutOfMemory, match="out of memory on cpu: ") as caught:
+            act(segmenter, scene.image, queries)
+    assert "\n" not in str(caught.value)
+    assert same(segmenter(scene.image, queries), before)
+
+
+def test_what_took_the_memory_is_gone_by_the_time_it_is_told(cache, scene, monkeypatch):
+    segmenter = Segmenter.from_pretrained("embedded", device="cpu", cache_dir=cache, settings=SMALL)
+    held = []
+
+    def lacking(*arguments, **named):
+        big = torch.empty(1000)
+        held.append(weakref.ref(big))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("nerve_core.segmenter.refine", lacking)
+    forgotten = segmenter.frame_part.forget
+    alive = []
+    monkeypatch.setattr(segmenter.frame_part, "forget", lambda: (alive.append(held[0]() is not None), forgotten()))
+    with pytest.raises(OutOfMemory):
+        segmenter(scene.image, Vocabulary(["ball"]))
+    assert alive == [False]
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(cache, scene, monkeypatch):
+    segmenter = Segmenter.from_pretrained("embedded", device="cpu", cache_dir=cache, settings=SMALL)
+    monkeypatch.setattr("nerve_core.segmenter.refine", lambda *arguments, **named: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        segmenter(scene.image, Vocabulary(["ball"]))
+
+
+def test_on_the_cpu_there_is_no_device_memory_to_tell_of(segmenter):
+    assert segmenter.device_memory is None

@@ -167,3 +167,17 @@ def test_vocabularies_are_values():
     assert one != Vocabulary(["ball", "mug"])
     with pytest.raises(dataclasses.FrozenInstanceError):
         one.names = ()
+
+
+def test_there_is_a_bound_on_all_words_together():
+    entries = ["|".join(f"{letter}{number}" for number in range(64)) for letter in "abcdefghijklmnop"]
+    assert len(Vocabulary(entries)) == 16
+    with pytest.raises(VocabularyError, match="1025 names, synonyms and negatives are too many: at most 1024"):
+        Vocabulary([*entries, "one more"])
+    with pytest.raises(VocabularyError, match="1025 names, synonyms"):
+        Vocabulary(entries, negatives=["wall"])
+
+
+def test_a_word_of_a_megabyte_is_refused_without_a_look_at_its_letters():
+    with pytest.raises(VocabularyError, match="has 1000000 characters"):
+        Vocabulary(["\u0301" * 1_000_000])
