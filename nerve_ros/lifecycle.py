@@ -239,9 +239,7 @@ class NerveNode(LifecycleNode):
             # A quality of service of its own each time: the overrides are written into it.
             qos = QoSProfile(depth=1, reliability=ReliabilityPolicy.BEST_EFFORT, durability=DurabilityPolicy.VOLATILE)
             overrides = QoSOverridingOptions(policies)
-            self._inputs.append(
-                self.create_subscription(kind, topic, callback, qos, qos_overriding_options=overrides)
-            )
+            self._inputs.append(self.create_subscription(kind, topic, callback, qos, qos_overriding_options=overrides))
 
         subscribe(CompressedImage if compressed else Image, self._image_topic, self._on_image)
         if self._config.use_depth:
@@ -474,7 +472,7 @@ class NerveNode(LifecycleNode):
         if self.state != "active":
             refused = f"the node is {self.state}; activate it first"
         if not refused:
-            question = Question(vocabulary, time.monotonic(), answer)
+            question = Question(vocabulary, request.want_mask, time.monotonic(), answer)
             self._questions = [asked for asked in self._questions if not asked.answer.done()]
             if self._worker.ask(question):
                 self._questions.append(question)
@@ -536,6 +534,7 @@ class NerveNode(LifecycleNode):
             "precision": str(segmenter.dtype) if segmenter else "",
             "operator": self._pipeline.operator,
             "enabled": str(self._config.enabled).lower(),
+            "questions": str(sum(not question.answer.done() for question in self._questions)),
             "image_topic": self._image_topic,
             "depth": self.resolve_topic_name("depth") if self._config.use_depth else "",
             "memory_mb": f"{resident_bytes() / 1e6:.0f}",

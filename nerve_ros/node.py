@@ -69,8 +69,8 @@ def main(args: Sequence[str] | None = None) -> int:
         ended = node is None or node.close()
         code = code or (node.exit_code if node is not None else 0)
         rclpy.try_shutdown()
-        # A terminal and ros2 launch both send one at Ctrl-C: the second is not to cut off the end, which gives Fast DDS's
-        # shared memory back.
+        # A terminal and ros2 launch both send one at Ctrl-C: the second is not to cut off the end, which gives Fast
+        # DDS's shared memory back.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     if not ended:
         # A model that is still loading holds the thread, and would hold the interpreter's end too.

@@ -256,8 +256,10 @@ class NodeConfig:
                 f"confidence_classes has {len(classes)} names; accepted: at most {MAX_CONFIDENCE_CLASSES}. The topic "
                 "~/dense has the maps of all names"
             )
-        if not all(name.strip() for name in classes):
-            raise ParameterError("confidence_classes has an empty name; accepted: names, or [''] alone for none")
+        try:
+            Vocabulary(classes)
+        except ValueError as error:
+            raise ParameterError(f"confidence_classes: {error}; [''] alone means none") from error
         if not self.model.strip():
             raise ParameterError("model is empty; accepted: the name of a model pair, or its folder")
         if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", self.device):

@@ -74,6 +74,7 @@ class Question:
     """Where one thing is: a vocabulary of a single name, when it was asked (steady clock), and who waits for it."""
 
     vocabulary: Vocabulary
+    want_mask: bool
     asked: float
     answer: Future[Locate.Response]
 
@@ -279,7 +280,7 @@ class Pipeline:
         if question.answer.done():
             return
         try:
-            response = self._search(question.vocabulary)
+            response = self._search(question.vocabulary, question.want_mask)
         except Exception as error:
             self._health.failed(f"locate: {error}")
             response = not_located(f"the search failed: {error}")
@@ -287,7 +288,7 @@ class Pipeline:
         if settle(question.answer, response):
             self._health.located(time.monotonic() - question.asked)
 
-    def _search(self, wanted: Vocabulary) -> Locate.Response:
+    def _search(self, wanted: Vocabulary, want_mask: bool) -> Locate.Response:
         seen = self._seen
         if seen is None:
             return not_located(self._unseen)
@@ -305,7 +306,8 @@ class Pipeline:
             embeddings = self.segmenter.embed(competing)
             segmentation = self.segmenter.segment(seen.encoded, embeddings, follow=False)
         mask = cv2.compare(segmentation.labels, label, cv2.CMP_EQ)
-        return located(seen.frame.message.header, segmentation.class_confidence[label - 1], mask, seen.frame.match)
+        found, header = segmentation.class_confidence[label - 1], seen.frame.message.header
+        return located(header, found, mask, seen.frame.match, want_mask=want_mask)
 
 
 def label_of(wanted: Vocabulary, serving: Vocabulary) -> int | None:

@@ -11,6 +11,7 @@ import numpy as np
 from geometry_msgs.msg import Point as PointMessage
 from geometry_msgs.msg import Vector3
 from rclpy.node import Node
+from rclpy.qos import QoSProfile, ReliabilityPolicy
 from rclpy.service import Service
 from sensor_msgs.msg import Image, RegionOfInterest
 from std_msgs.msg import Header
@@ -22,6 +23,8 @@ from nerve_ros.srv import Locate
 if TYPE_CHECKING:
     from nerve_core import ClassConfidence
 
+_ASKED_AT_ONCE = QoSProfile(depth=100, reliability=ReliabilityPolicy.RELIABLE)
+"""A service's own depth is 10: of more requests at a time some would be lost, and never answered."""
 _NOWHERE = (math.nan, math.nan, math.nan)
 NO_DEPTH = "there is no point: use_depth is false"
 
@@ -34,7 +37,7 @@ def create_deferred_service(
     rclpy can wait for an answer in a coroutine, but then looks at it without pause, on a whole processor core. Here the
     executor sends it when it is there. `lost(error)`: it could not be sent.
     """
-    service = node.create_service(kind, name, lambda request, response: ask(request))
+    service = node.create_service(kind, name, lambda request, response: ask(request), qos_profile=_ASKED_AT_ONCE)
     send_now = service.send_response
 
     def send(answer: Future, header: object) -> None:
@@ -63,7 +66,9 @@ def settle(answer: Future, response: object) -> bool:
     return True
 
 
-def located(header: Header, found: ClassConfidence, mask: np.ndarray, match: Match | None) -> Locate.Response:
+def located(
+    header: Header, found: ClassConfidence, mask: np.ndarray, match: Match | None, *, want_mask: bool
+) -> Locate.Response:
     """Where `found` is. mask: uint8 [height, width], 255 on its pixels. match: the depth image, where depth is used."""
     x, y, width, height = found.box or (0, 0, 0, 0)
     centroid_x, centroid_y = found.centroid or (math.nan, math.nan)
@@ -72,7 +77,7 @@ def located(header: Header, found: ClassConfidence, mask: np.ndarray, match: Mat
         found=found.area > 0,
         confidence=float(found.presence),
         header=header,
-        mask=mono8_message(header, mask),
+        mask=mono8_message(header, mask) if want_mask else Image(),
         box=RegionOfInterest(x_offset=x, y_offset=y, width=width, height=height),
         centroid_x=centroid_x,
         centroid_y=centroid_y,

@@ -19,7 +19,7 @@ def environment() -> Iterator[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def new_rig(environment: dict[str, str]) -> Iterator[Callable[..., harness.Rig]]:
-    """Start a node with the given parameters, a talker and a listener; all are killed when the module is done."""
+    """Start a node with the given parameters, a talker and a listener; all are ended when the module is done."""
     with ExitStack() as stack:
 
         def start(**parameters: object) -> harness.Rig:
@@ -37,7 +37,7 @@ def new_peer(environment: dict[str, str]) -> Iterator[Callable[[str], harness.Pe
 
         def start(name: str) -> harness.Peer:
             peer = harness.Peer(environment, name)
-            stack.callback(peer.kill)
+            stack.callback(peer.end)
             return peer
 
         yield start

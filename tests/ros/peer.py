@@ -1,11 +1,13 @@
 """A process at the other end of DDS, steered by lines of JSON: publishes, subscribes, calls services for the tests.
 
 Reads one command a line from standard input, {"id": 1, "do": "...", ...}, and answers each with {"reply": 1, ...}. What
-its subscriptions receive it prints as {"event": "...", ...} as it comes. harness.Peer is the other side of the pipe.
+its subscriptions receive it prints as {"event": "...", ...} as it comes. It ends in order when its standard input ends.
+harness.Peer is the other side of the pipe.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
@@ -18,18 +20,21 @@ import numpy as np
 import rclpy
 from builtin_interfaces.msg import Time
 from diagnostic_msgs.msg import DiagnosticArray
+from geometry_msgs.msg import Point, Vector3
 from lifecycle_msgs.srv import ChangeState, GetState
 from rcl_interfaces.msg import Parameter as ParameterMessage
 from rcl_interfaces.srv import DescribeParameters, GetParameters, ListParameters, SetParameters
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.parameter import Parameter, parameter_value_to_python
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
-from sensor_msgs.msg import CompressedImage, Image
+from sensor_msgs.msg import CameraInfo, CompressedImage, Image, RegionOfInterest
 from std_msgs.msg import Header, String
+from std_srvs.srv import SetBool
 from vision_msgs.msg import LabelInfo
 
 import pictures
-from nerve_ros.msg import ClassConfidenceArray, Vocabulary
+from nerve_ros.msg import ClassConfidenceArray, DenseConfidence, Vocabulary
+from nerve_ros.srv import Locate, SetVocabulary
 
 KINDS = {
     "mask": ("segmentation/mask", Image),
@@ -37,7 +42,21 @@ KINDS = {
     "overlay": ("segmentation/overlay", Image),
     "label_info": ("segmentation/label_info", LabelInfo),
     "class_confidence": ("segmentation/class_confidence", ClassConfidenceArray),
+    "dense": ("nerve/dense", DenseConfidence),
     "diagnostics": ("/diagnostics", DiagnosticArray),
+}
+TYPES = {
+    made.__name__: made
+    for made in (
+        Image,
+        CompressedImage,
+        CameraInfo,
+        String,
+        Vocabulary,
+        LabelInfo,
+        ClassConfidenceArray,
+        DenseConfidence,
+    )
 }
 LATCHED = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL)
 RELIABLE = QoSProfile(depth=20, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.VOLATILE)
@@ -45,9 +64,47 @@ CAMERA = QoSProfile(depth=5, reliability=ReliabilityPolicy.BEST_EFFORT, durabili
 PUBLISHED = {
     "image": (Image, CAMERA),
     "image/compressed": (CompressedImage, CAMERA),
+    "depth": (Image, CAMERA),
+    "camera_info": (CameraInfo, CAMERA),
     "vocabulary": (Vocabulary, LATCHED),
     "vocabulary_text": (String, RELIABLE),
 }
+
+
+def quality(qos: QoSProfile, reliability: str | None, durability: str | None) -> QoSProfile:
+    """`qos` with the policies that are named ("best_effort", "transient_local", ...) instead of its own."""
+    return QoSProfile(
+        depth=qos.depth,
+        reliability=ReliabilityPolicy[reliability.upper()] if reliability else qos.reliability,
+        durability=DurabilityPolicy[durability.upper()] if durability else qos.durability,
+    )
+
+
+def stamp_of(header: Header) -> dict:
+    return {"stamp": [header.stamp.sec, header.stamp.nanosec], "frame_id": header.frame_id}
+
+
+def box_of(box: RegionOfInterest) -> list[int]:
+    return [box.x_offset, box.y_offset, box.width, box.height]
+
+
+def place_of(place: Point | Vector3) -> list[float]:
+    return [place.x, place.y, place.z]
+
+
+def picture_of(image: Image) -> dict:
+    return {"height": image.height, "width": image.width, "step": image.step, "encoding": image.encoding} | data_of(
+        np.frombuffer(image.data, np.uint8)
+    )
+
+
+def data_of(data: np.ndarray) -> dict:
+    counts = np.bincount(data, minlength=256)
+    return {
+        "length": int(data.size),
+        "digest": hashlib.sha256(data).hexdigest(),
+        "counts": {str(value): int(counts[value]) for value in np.flatnonzero(counts)},
+    }
 
 
 class Peer:
@@ -62,7 +119,9 @@ class Peer:
         self.subscriptions: dict[str, object] = {}
         self.publishers: dict[str, object] = {}
         self.clients: dict[str, object] = {}
+        self.target = "nerve"
         self.stream: threading.Event | None = None
+        self.streaming: threading.Thread | None = None
         self.streamed = 0
 
     def tell(self, **line: object) -> None:
@@ -72,11 +131,20 @@ class Peer:
 
     # Receiving.
 
-    def do_subscribe(self, *, kind: str) -> dict:
-        topic, message_type = KINDS[kind]
-        qos = LATCHED if kind == "label_info" else RELIABLE
+    def do_subscribe(
+        self,
+        *,
+        kind: str,
+        topic: str | None = None,
+        type: str = "Image",
+        reliability: str | None = None,
+        durability: str | None = None,
+    ) -> dict:
+        """Print an event called `kind` for each message: of that topic, or of the topic and message type given."""
+        name, message_type = KINDS[kind] if topic is None else (topic, TYPES[type])
+        qos = quality(LATCHED if message_type is LabelInfo else RELIABLE, reliability, durability)
         self.subscriptions[kind] = self.node.create_subscription(
-            message_type, topic, lambda message, info, kind=kind: self.received(kind, message, info), qos
+            message_type, name, lambda message, info, kind=kind: self.received(kind, message, info), qos
         )
         return {}
 
@@ -86,17 +154,19 @@ class Peer:
 
     def received(self, kind: str, message: object, info: dict) -> None:
         line = {"event": kind, "received": time.time(), "sent": info["source_timestamp"] * 1e-9}
-        if kind == "diagnostics":
+        if isinstance(message, DiagnosticArray):
             for status in message.status:
                 values = {pair.key: pair.value for pair in status.values}
                 self.tell(**line, name=status.name, level=status.level[0], message=status.message, values=values)
             return
-        stamp = [message.header.stamp.sec, message.header.stamp.nanosec]
-        line |= {"stamp": stamp, "frame_id": message.header.frame_id}
-        if kind == "label_info":
+        if isinstance(message, String):
+            self.tell(**line, data=message.data)
+            return
+        line |= stamp_of(message.header)
+        if isinstance(message, LabelInfo):
             classes = {str(entry.class_id): entry.class_name for entry in message.class_map}
             line |= {"classes": classes, "threshold": message.threshold}
-        elif kind == "class_confidence":
+        elif isinstance(message, ClassConfidenceArray):
             line["classes"] = [
                 {
                     "name": seen.name,
@@ -105,23 +175,19 @@ class Peer:
                     "mean_probability": seen.mean_probability,
                     "peak_probability": seen.peak_probability,
                     "area": seen.area,
-                    "box": [seen.box.x_offset, seen.box.y_offset, seen.box.width, seen.box.height],
+                    "box": box_of(seen.box),
                     "centroid": [repr(seen.centroid_x), repr(seen.centroid_y)],
                 }
                 for seen in message.classes
             ]
-        else:
-            data = np.frombuffer(message.data, np.uint8)
-            counts = np.bincount(data, minlength=256)
-            line |= {
-                "height": message.height,
-                "width": message.width,
-                "step": message.step,
-                "encoding": message.encoding,
-                "length": int(data.size),
-                "digest": hashlib.sha256(data).hexdigest(),
-                "counts": {str(value): int(counts[value]) for value in np.flatnonzero(counts)},
-            }
+        elif isinstance(message, DenseConfidence):
+            maps = np.frombuffer(message.data, np.uint8)
+            line |= {"height": message.height, "width": message.width, "names": message.names, "ids": list(message.ids)}
+            line |= {"length": int(maps.size)}
+            if maps.size == len(message.names) * message.height * message.width:
+                line["maps"] = [data_of(one) for one in maps.reshape(len(message.names), -1)]
+        elif isinstance(message, Image):
+            line |= picture_of(message)
         self.tell(**line)
 
     # Publishing.
@@ -132,11 +198,24 @@ class Peer:
             self.publishers[topic] = self.node.create_publisher(message_type, topic, qos)
         return self.publishers[topic]
 
-    def do_advertise(self, *, topic: str) -> dict:
-        """Create the publisher and wait until somebody listens."""
-        publisher = self.publisher(topic)
+    def do_advertise(
+        self,
+        *,
+        topic: str,
+        type: str | None = None,
+        reliability: str | None = None,
+        durability: str | None = None,
+        wait: bool = True,
+    ) -> dict:
+        """Create the publisher, of the topic's own type and quality or of those given; wait until somebody listens."""
+        if topic not in self.publishers:
+            message_type, qos = PUBLISHED.get(topic, (Image, CAMERA))
+            message_type = TYPES[type] if type else message_type
+            qos = quality(qos, reliability, durability)
+            self.publishers[topic] = self.node.create_publisher(message_type, topic, qos)
+        publisher = self.publishers[topic]
         deadline = time.monotonic() + 30.0
-        while publisher.get_subscription_count() == 0:
+        while wait and publisher.get_subscription_count() == 0:
             if time.monotonic() > deadline:
                 return {"error": f"nobody subscribes to {topic}"}
             time.sleep(0.02)
@@ -147,6 +226,88 @@ class Peer:
         topic = "image/compressed" if isinstance(message, CompressedImage) else "image"
         self.publisher(topic).publish(message)
         return {"stamp": [message.header.stamp.sec, message.header.stamp.nanosec]}
+
+    def do_withdraw(self, *, topic: str) -> dict:
+        """Destroy the publisher."""
+        self.node.destroy_publisher(self.publishers.pop(topic))
+        return {}
+
+    def do_message(
+        self,
+        *,
+        topic: str,
+        type: str,
+        fields: dict | None = None,
+        data: str | None = None,
+        stamp: list[int] | None = None,
+        frame_id: str = "camera",
+    ) -> dict:
+        """Publish any message: `fields` as they stand, `data` in base64, both unchecked; a header where it has one."""
+        message = TYPES[type](**(fields or {}))
+        if hasattr(message, "header"):
+            message.header = self.header(stamp, frame_id)
+        if data is not None:
+            message.data.frombytes(base64.b64decode(data))
+        if topic not in self.publishers:
+            qos = PUBLISHED.get(topic, (None, CAMERA))[1]
+            self.publishers[topic] = self.node.create_publisher(TYPES[type], topic, qos)
+        self.publishers[topic].publish(message)
+        return {}
+
+    def do_depth(
+        self,
+        *,
+        width: int,
+        height: int,
+        metres: float,
+        slope: tuple[float, float] = (0.0, 0.0),
+        boxes: list[list[float]] = (),
+        encoding: str = "16UC1",
+        stamp: list[int] | None = None,
+        frame_id: str = "camera",
+        topic: str = "depth",
+    ) -> dict:
+        """Publish a depth image (16UC1 in millimetres or 32FC1 in metres).
+
+        A plane: `metres` in the first pixel, and `slope` metres more a pixel to the right and down. Each of `boxes` is
+        [left, top, width, height, metres]: an upright thing before it; 0 metres: not measured.
+        """
+        rows, columns = np.mgrid[0:height, 0:width]
+        depth = metres + slope[0] * columns + slope[1] * rows
+        for left, top, box_width, box_height, distance in boxes:
+            depth[int(top) : int(top + box_height), int(left) : int(left + box_width)] = distance
+        if encoding == "16UC1":
+            data = np.rint(depth * 1000).astype("<u2")
+        else:
+            data = np.where(depth > 0, depth, np.nan).astype("<f4")
+        message = Image(header=self.header(stamp, frame_id), height=height, width=width, encoding=encoding)
+        message.step = width * data.itemsize
+        message.data.frombytes(data.tobytes())
+        self.publisher(topic).publish(message)
+        return stamp_of(message.header)
+
+    def do_camera_info(
+        self,
+        *,
+        width: int,
+        height: int,
+        focal: float,
+        centre: tuple[float, float] | None = None,
+        distortion: list[float] = (),
+        stamp: list[int] | None = None,
+        frame_id: str = "camera",
+        topic: str = "camera_info",
+    ) -> dict:
+        """Publish the intrinsics of a pinhole camera: `focal` length and `centre` (default the middle) in pixels."""
+        x, y = centre if centre is not None else ((width - 1) / 2, (height - 1) / 2)
+        message = CameraInfo(header=self.header(stamp, frame_id), height=height, width=width)
+        message.distortion_model = "plumb_bob"
+        message.d = [float(value) for value in distortion]
+        message.k = [float(focal), 0.0, float(x), 0.0, float(focal), float(y), 0.0, 0.0, 1.0]
+        message.r = [1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0]
+        message.p = [*message.k[:3], 0.0, *message.k[3:6], 0.0, *message.k[6:], 0.0]
+        self.publisher(topic).publish(message)
+        return stamp_of(message.header)
 
     def do_stream(self, *, picture: dict, rate: float) -> dict:
         """Publish the picture `rate` times a second, stamped with the time of publishing, until told to stop."""
@@ -162,12 +323,14 @@ class Peer:
                 self.streamed += 1
                 due += 1.0 / rate
 
-        threading.Thread(target=run, args=(self.stream,), daemon=True).start()
+        self.streaming = threading.Thread(target=run, args=(self.stream,), daemon=True)
+        self.streaming.start()
         return {}
 
     def do_stop_stream(self) -> dict:
         if self.stream is not None:
             self.stream.set()
+            self.streaming.join()
         return {"streamed": self.streamed}
 
     def do_vocabulary(self, *, names: list[str]) -> dict:
@@ -186,12 +349,15 @@ class Peer:
 
     # Services.
 
-    def call(self, service_type: type, name: str, request: object, timeout: float) -> object:
+    def client(self, service_type: type, name: str, timeout: float):
         if name not in self.clients:
             self.clients[name] = self.node.create_client(service_type, name)
-        client = self.clients[name]
-        if not client.wait_for_service(timeout):
+        if not self.clients[name].wait_for_service(timeout):
             raise TimeoutError(f"no service {name}")
+        return self.clients[name]
+
+    def call(self, service_type: type, name: str, request: object, timeout: float) -> object:
+        client = self.client(service_type, name, timeout)
         done = threading.Event()
         future = client.call_async(request)
         future.add_done_callback(lambda _: done.set())
@@ -199,11 +365,54 @@ class Peer:
             raise TimeoutError(f"no answer from {name}")
         return future.result()
 
+    def do_target(self, *, node: str) -> dict:
+        """Which node the services are asked of from now on, for example "/front/nerve"."""
+        self.target = node
+        return {}
+
+    def do_locate(self, *, name: str, timeout: float = 60.0) -> dict:
+        began = time.monotonic()
+        answer = self.call(Locate, f"{self.target}/locate", Locate.Request(name=name), timeout)
+        return {"seconds": time.monotonic() - began, **self.located(answer)}
+
+    def do_locate_all(self, *, names: list[str], timeout: float = 60.0) -> dict:
+        """Ask for all names at once; the answers in their order, None for one that does not come."""
+        client = self.client(Locate, f"{self.target}/locate", timeout)
+        futures = [client.call_async(Locate.Request(name=name)) for name in names]
+        deadline = time.monotonic() + timeout
+        while not all(future.done() for future in futures) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return {"answers": [self.located(future.result()) if future.done() else None for future in futures]}
+
+    def located(self, answer: Locate.Response) -> dict:
+        return {
+            **stamp_of(answer.header),
+            "success": answer.success,
+            "message": answer.message,
+            "found": answer.found,
+            "confidence": answer.confidence,
+            "mask": picture_of(answer.mask),
+            "box": box_of(answer.box),
+            "centroid": [answer.centroid_x, answer.centroid_y],
+            "has_point": answer.has_point,
+            "point": place_of(answer.point),
+            "spread": place_of(answer.spread),
+        }
+
+    def do_set_vocabulary(self, *, names: list[str], timeout: float = 60.0) -> dict:
+        request = SetVocabulary.Request(names=names)
+        answer = self.call(SetVocabulary, f"{self.target}/set_vocabulary", request, timeout)
+        return {"accepted": answer.accepted, "message": answer.message, "ids": list(answer.ids)}
+
+    def do_enable(self, *, on: bool, timeout: float = 30.0) -> dict:
+        answer = self.call(SetBool, f"{self.target}/enable", SetBool.Request(data=on), timeout)
+        return {"success": answer.success, "message": answer.message}
+
     def do_set_parameter(self, *, name: str, value: object, kind: str | None = None, timeout: float = 30.0) -> dict:
         """Set one parameter; `kind` names its type where the value does not (an empty list)."""
         made = Parameter(name, Parameter.Type[kind], value) if kind else Parameter(name, value=value)
         request = SetParameters.Request(parameters=[made.to_parameter_msg()])
-        result = self.call(SetParameters, "nerve/set_parameters", request, timeout).results[0]
+        result = self.call(SetParameters, f"{self.target}/set_parameters", request, timeout).results[0]
         return {"successful": result.successful, "reason": result.reason}
 
     def do_set_broken_parameter(self, *, name: str, type_number: int, timeout: float = 5.0) -> dict:
@@ -211,21 +420,25 @@ class Peer:
         message = ParameterMessage(name=name)
         message.value.type = type_number
         try:
-            self.call(SetParameters, "nerve/set_parameters", SetParameters.Request(parameters=[message]), timeout)
+            self.call(
+                SetParameters, f"{self.target}/set_parameters", SetParameters.Request(parameters=[message]), timeout
+            )
         except TimeoutError:
             return {"answered": False}
         return {"answered": True}
 
     def do_get_parameter(self, *, name: str, timeout: float = 30.0) -> dict:
-        response = self.call(GetParameters, "nerve/get_parameters", GetParameters.Request(names=[name]), timeout)
+        response = self.call(
+            GetParameters, f"{self.target}/get_parameters", GetParameters.Request(names=[name]), timeout
+        )
         value = parameter_value_to_python(response.values[0])
         return {"value": list(value) if isinstance(value, list | tuple) else value}
 
     def do_describe_parameters(self, *, timeout: float = 30.0) -> dict:
-        listed = self.call(ListParameters, "nerve/list_parameters", ListParameters.Request(), timeout)
+        listed = self.call(ListParameters, f"{self.target}/list_parameters", ListParameters.Request(), timeout)
         names = list(listed.result.names)
         request = DescribeParameters.Request(names=names)
-        found = self.call(DescribeParameters, "nerve/describe_parameters", request, timeout).descriptors
+        found = self.call(DescribeParameters, f"{self.target}/describe_parameters", request, timeout).descriptors
         return {
             "parameters": {
                 name: {
@@ -242,21 +455,31 @@ class Peer:
     def do_transition(self, *, label: str, timeout: float = 120.0) -> dict:
         request = ChangeState.Request()
         request.transition.label = label
-        return {"success": self.call(ChangeState, "nerve/change_state", request, timeout).success}
+        return {"success": self.call(ChangeState, f"{self.target}/change_state", request, timeout).success}
 
     def do_transition_by_id(self, *, number: int, timeout: float = 30.0) -> dict:
         request = ChangeState.Request()
         request.transition.id = number
-        return {"success": self.call(ChangeState, "nerve/change_state", request, timeout).success}
+        return {"success": self.call(ChangeState, f"{self.target}/change_state", request, timeout).success}
 
     def do_state(self, *, timeout: float = 30.0) -> dict:
-        state = self.call(GetState, "nerve/get_state", GetState.Request(), timeout).current_state
+        state = self.call(GetState, f"{self.target}/get_state", GetState.Request(), timeout).current_state
         return {"state": state.label}
+
+    def do_graph(self, *, node: str, namespace: str = "/") -> dict:
+        """What a node has on the network: name -> types, by kind."""
+        return {
+            "publishers": dict(self.node.get_publisher_names_and_types_by_node(node, namespace)),
+            "subscriptions": dict(self.node.get_subscriber_names_and_types_by_node(node, namespace)),
+            "services": dict(self.node.get_service_names_and_types_by_node(node, namespace)),
+            "clients": dict(self.node.get_client_names_and_types_by_node(node, namespace)),
+        }
 
     # The pipe.
 
     def run(self) -> None:
-        threading.Thread(target=self.spin, daemon=True).start()
+        spinning = threading.Thread(target=self.spin, daemon=True)
+        spinning.start()
         self.tell(event="ready")
         for line in sys.stdin:
             command = json.loads(line)
@@ -266,6 +489,11 @@ class Peer:
             except Exception as error:
                 reply = {"error": f"{type(error).__name__}: {error}"}
             self.tell(reply=number, **reply)
+        self.do_stop_stream()
+        self.executor.shutdown()
+        spinning.join()
+        self.node.destroy_node()
+        rclpy.try_shutdown()
 
     def spin(self) -> None:
         with suppress(ExternalShutdownException):
@@ -274,4 +502,4 @@ class Peer:
 
 if __name__ == "__main__":
     Peer(sys.argv[1]).run()
-    os._exit(0)
+    os._exit(0)  # not by way of the interpreter's end, where rclpy's objects may go in an order that aborts

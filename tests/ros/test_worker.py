@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from nerve_ros.worker import Mailbox, Worker
+from nerve_ros.worker import QUESTIONS, Mailbox, Worker
 
 PATIENCE = 30.0
 
@@ -31,6 +31,7 @@ class Bench:
 
     def __init__(self, *, steps=0, min_interval=0.0):
         self.steps = steps
+        self.enabled = True
         self.gate = threading.Event()
         self.gate.set()
         self.log = []
@@ -45,6 +46,7 @@ class Bench:
             answer=lambda question: self.write("answer", question),
             failed=lambda error: self.write("failed", str(error)),
             min_interval=lambda: min_interval,
+            enabled=lambda: self.enabled,
         )
 
     def write(self, *entry):
@@ -267,3 +269,130 @@ def test_images_start_no_faster_than_the_interval_and_the_newest_is_taken(bench)
     gaps = [later - earlier for earlier, later in zip(b.starts, b.starts[1:], strict=False)]
     assert len(gaps) >= 2
     assert min(gaps) >= 0.199
+
+
+# Questions.
+
+
+def test_a_question_is_answered_from_the_image_that_waits(bench):
+    b = bench()
+    b.start()
+    b.gate.clear()
+    b.worker.offer(1)
+    b.wait("begin", 1, "A")
+    b.worker.offer(2)
+    assert b.worker.ask("where?")
+    b.gate.set()
+    b.wait("answer", "where?")
+    order = [entry[:2] for entry in b.log if entry[0] in ("end", "answer")]
+    # It was asked before the first image was done: that one answers it. The newer one follows.
+    assert order[:2] == [("end", 1), ("answer", "where?")]
+    b.wait("end", 2, "A")
+
+
+def test_a_question_is_answered_from_the_last_image_where_none_waits(bench):
+    b = bench()
+    b.start()
+    b.worker.offer(1)
+    b.wait("end", 1, "A")
+    assert b.worker.ask("where?")
+    b.wait("answer", "where?")
+    assert [entry for entry in b.log if entry[0] == "begin"] == [("begin", 1, "A")]
+
+
+def test_a_question_before_any_image_waits_for_the_first_and_one_that_fails_answers_too(bench):
+    b = bench()
+    b.bad.add(1)
+    b.start()
+    assert b.worker.ask("where?")
+    b.worker.submit(lambda: None).result(PATIENCE)
+    assert ("answer", "where?") not in b.log
+    b.worker.offer(1)
+    b.wait("failed", "bad 1")
+    b.wait("answer", "where?")
+
+
+def test_while_disabled_an_image_waits_until_a_question_or_until_enabled(bench):
+    b = bench()
+    b.enabled = False
+    b.start()
+    b.worker.offer(1)
+    b.worker.offer(2)
+    b.worker.submit(lambda: None).result(PATIENCE)
+    assert not [entry for entry in b.log if entry[0] == "begin"]
+    assert b.worker.ask("where?")
+    b.wait("answer", "where?")
+    assert [entry[1] for entry in b.log if entry[0] == "begin"] == [2]
+    b.worker.offer(3)
+    b.worker.submit(lambda: None).result(PATIENCE)
+    assert ("begin", 3, "A") not in b.log
+    b.enabled = True
+    b.worker.wake()
+    b.wait("end", 3, "A")
+
+
+def test_a_question_does_not_wait_for_the_rate(bench):
+    b = bench(min_interval=3600.0)
+    b.start()
+    b.worker.offer(1)
+    b.wait("end", 1, "A")
+    b.worker.offer(2)
+    b.worker.submit(lambda: None).result(PATIENCE)
+    assert ("begin", 2, "A") not in b.log
+    assert b.worker.ask("where?")
+    b.wait("end", 2, "A")
+    b.wait("answer", "where?")
+
+
+def test_only_so_many_questions_wait_and_a_pause_hands_them_back(bench):
+    b = bench()
+    b.start()
+    assert [b.worker.ask(number) for number in range(QUESTIONS + 2)] == [True] * QUESTIONS + [False] * 2
+    assert b.worker.pause() == list(range(QUESTIONS))
+    assert b.worker.pause() == []
+    b.worker.resume()
+    b.worker.offer(1)
+    b.wait("end", 1, "A")
+    assert not [entry for entry in b.log if entry[0] == "answer"]
+
+
+def test_a_vocabulary_is_prepared_between_questions(bench):
+    b = bench(steps=3)
+    b.start()
+    b.worker.offer(1)
+    b.wait("end", 1, "A")
+    done = threading.Event()
+
+    def ask():
+        while not done.is_set():
+            b.worker.ask("where?")
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    try:
+        b.worker.request("b")
+        b.wait("adopt", "b")
+    finally:
+        done.set()
+        asking.join()
+
+
+# What is under way.
+
+
+def test_it_is_told_how_long_an_image_takes_and_where_it_is_but_not_a_job(bench):
+    b = bench()
+    b.start()
+    assert b.worker.busy_for == 0.0
+    b.gate.clear()
+    b.worker.offer(1)
+    b.wait("begin", 1, "A")
+    one = b.worker.busy_for
+    assert 0.0 < one < PATIENCE
+    assert b.worker.busy_for > one
+    assert "self.gate.wait(PATIENCE)" in b.worker.stack()
+    b.gate.set()
+    b.wait("end", 1, "A")
+    b.worker.submit(lambda: b.write("in a job", b.worker.busy_for)).result(PATIENCE)
+    assert ("in a job", 0.0) in b.log
+    assert b.worker.busy_for == 0.0
