@@ -1,0 +1,104 @@
+"""Behind `nerve locate`: asks a running node where something is, and says the answer as a person reads it."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import rclpy
+from rclpy.executors import SingleThreadedExecutor
+from rclpy.node import Node
+from rclpy.validate_namespace import validate_namespace
+
+from nerve_ros.srv import Locate
+
+
+def ask(name: str, *, namespace: str, wait: float, mask: Path | None) -> dict[str, Any]:
+    """What the node `nerve` of `namespace` answers about `name`, as plain values; its mask goes to the file `mask`.
+
+    wait: seconds for the node to be there, and again for its answer. Raises ValueError for a namespace that is none,
+    and RuntimeError where nobody answers, no image was searched, or the file cannot be written.
+    """
+    namespace = "/" + namespace.strip("/")
+    try:
+        validate_namespace(namespace)
+    except Exception as error:
+        raise ValueError(f"--namespace {namespace!r} cannot be used, it is written like /front/left") from error
+    service = f"{namespace.rstrip('/')}/nerve/locate"
+    rclpy.init(args=[])
+    try:
+        node = rclpy.create_node(f"nerve_locate_{os.getpid()}")
+        return _ask(node, service, name, wait, mask)
+    finally:
+        rclpy.try_shutdown()
+
+
+def _ask(node: Node, service: str, name: str, wait: float, mask: Path | None) -> dict[str, Any]:
+    client = node.create_client(Locate, service)
+    if not client.wait_for_service(wait):
+        domain = os.environ.get("ROS_DOMAIN_ID", "0")
+        raise RuntimeError(f"nobody answers {service} in domain {domain}: start the node, or name its --namespace")
+    executor = SingleThreadedExecutor()
+    executor.add_node(node)
+    started = time.monotonic()
+    future = client.call_async(Locate.Request(name=name, want_mask=mask is not None))
+    executor.spin_until_future_complete(future, wait)
+    if not future.done():
+        raise RuntimeError(f"{service} gave no answer within {wait:g} s; what the node is doing is in its log")
+    answer = future.result()
+    if not answer.success:
+        raise RuntimeError(f"no image was searched: {answer.message}")
+    if mask is not None:
+        picture = np.frombuffer(answer.mask.data, np.uint8).reshape(answer.mask.height, answer.mask.width)
+        try:
+            written = cv2.imwrite(str(mask), picture)
+        except cv2.error as error:
+            raise RuntimeError(f"{mask} cannot be written: give a name such as mask.png") from error
+        if not written:
+            raise RuntimeError(f"{mask} cannot be written: its folder must exist and allow it")
+    stamp = answer.header.stamp.sec + 1e-9 * answer.header.stamp.nanosec
+    return {
+        "name": name,
+        "found": answer.found,
+        "confidence": round(answer.confidence, 4),
+        "box": [answer.box.x_offset, answer.box.y_offset, answer.box.width, answer.box.height],
+        "centroid": [round(answer.centroid_x, 2), round(answer.centroid_y, 2)] if answer.found else None,
+        "point": [answer.point.x, answer.point.y, answer.point.z] if answer.has_point else None,
+        "spread": [answer.spread.x, answer.spread.y, answer.spread.z] if answer.has_point else None,
+        "frame_id": answer.header.frame_id,
+        "stamp": stamp,
+        "message": answer.message,
+        "seconds": round(time.monotonic() - started, 3),
+    }
+
+
+def as_text(answer: dict[str, Any]) -> str:
+    """`answer` of :func:`ask` in a few lines."""
+    if not answer["found"]:
+        return f"{answer['name']}: not in the newest image (confidence {answer['confidence']:.2f})"
+    left, top, width, height = answer["box"]
+    x, y = answer["centroid"]
+    lines = [
+        f"{answer['name']}: found, confidence {answer['confidence']:.2f}",
+        f"  in the image  around ({x:.0f}, {y:.0f}), in the box {width} x {height} at ({left}, {top})",
+    ]
+    if answer["point"]:
+        place = ", ".join(
+            f"{axis} {value:+.2f} (±{spread:.2f})"
+            for axis, value, spread in zip("xyz", answer["point"], answer["spread"], strict=True)
+        )
+        lines.append(f"  in metres     {place} in {answer['frame_id'] or 'the camera'}: x right, y down, z forward")
+    else:
+        lines.append(f"  in metres     {answer['message']}")
+    lines.append(f"  answered in {answer['seconds']:.2f} s")
+    return "\n".join(lines)
+
+
+def as_json(answer: dict[str, Any]) -> str:
+    """`answer` of :func:`ask` as one JSON object."""
+    return json.dumps(answer, ensure_ascii=False)

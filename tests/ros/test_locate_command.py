@@ -1,0 +1,69 @@
+"""`nerve locate` as a person types it, beside a running node."""
+
+import json
+import subprocess
+import sys
+
+import cv2
+import numpy as np
+import pytest
+
+PICTURE = {"width": 160, "height": 120}
+
+
+@pytest.fixture(scope="module")
+def rig(new_rig):
+    rig = new_rig(vocabulary=["ball", "mug|cup", "chair"])
+    rig.listen("mask", "class_confidence")
+    rig.node.wait_active()
+    return rig
+
+
+def nerve(rig, *arguments):
+    command = [sys.executable, "-m", "nerve_ros.cli", "locate", *arguments]
+    return subprocess.run(command, env=rig.env, capture_output=True, text=True, timeout=180.0, check=False)
+
+
+def test_it_says_where_and_writes_the_mask(rig, tmp_path):
+    events = rig.segment(PICTURE, kinds=("mask", "class_confidence"))
+    entry = max(events["class_confidence"]["classes"], key=lambda entry: entry["area"])
+    assert entry["area"]
+    done = nerve(rig, entry["name"], "--json", "--mask", str(tmp_path / "mask.png"))
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["box"] == entry["box"]
+    assert answer["stamp"] == pytest.approx(events["mask"]["stamp"][0] + 1e-9 * events["mask"]["stamp"][1])
+    mask = cv2.imread(str(tmp_path / "mask.png"), cv2.IMREAD_UNCHANGED)
+    assert mask.shape == (PICTURE["height"], PICTURE["width"])
+    assert np.count_nonzero(mask == 255) == entry["area"]
+    text = nerve(rig, entry["name"]).stdout
+    assert f"{entry['name']}: found, confidence " in text
+    assert "use_depth is false" in text
+
+
+def test_what_is_not_in_the_image_ends_with_one(rig):
+    assert rig.talker.do("set_parameter", name="presence_threshold", value=1.0)["successful"]
+    try:
+        rig.segment(PICTURE)
+        done = nerve(rig, "ball")
+    finally:
+        assert rig.talker.do("set_parameter", name="presence_threshold", value=-1.0)["successful"]
+    assert done.returncode == 1
+    assert done.stdout.startswith("ball: not in the newest image")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["ball", "--namespace", "/nobody", "--wait", "1"], "nobody answers /nobody/nerve/locate in domain "),
+        (["ball", "--namespace", "no body"], "it is written like /front/left"),
+        (["x" * 200], "200 characters"),
+        (["ball", "--mask", "/no/such/folder/mask.png"], "cannot be written"),
+    ],
+)
+def test_what_cannot_be_asked_is_one_sentence_and_two(rig, arguments, reason):
+    rig.segment(PICTURE)
+    done = nerve(rig, *arguments)
+    assert done.returncode == 2
+    assert reason in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
