@@ -12,6 +12,7 @@ import functools
 import importlib
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
@@ -48,6 +49,9 @@ NO_IMAGE_WARNING = 2.0
 
 NAMESAKE_WARNING = 25.0
 """Seconds after which another node of the same name is told of: one that was killed is forgotten after 20."""
+
+REJECTIONS_TOLD = 20
+"""Rejected vocabularies that the log tells of within THROTTLE seconds, each with its reason; the others are counted."""
 
 STUCK_EXIT_CODE = 70
 """What the process ends with where exit_when_stuck says so (EX_SOFTWARE of sysexits.h)."""
@@ -107,6 +111,7 @@ class NerveNode(LifecycleNode):
         self._alone_at = time.monotonic()
         self._told: set[str] = set()
         self._questions: list[Question] = []
+        self._rejections_told: deque[float] = deque(maxlen=REJECTIONS_TOLD)
         self._health = Health()
         self._config = parameters.declare(self)
         self._registry = LabelRegistry()
@@ -247,7 +252,10 @@ class NerveNode(LifecycleNode):
             subscribe(CameraInfo, "camera_info", self._depth.camera_info)
 
     def _stop(self) -> None:
-        for question in self._worker.pause():
+        waiting, questions = self._worker.pause()
+        if waiting is not None:
+            self._health.dropped()
+        for question in questions:
             settle(question.answer, not_located("the node was deactivated"))
         for subscription in self._inputs:
             self.destroy_subscription(subscription)
@@ -346,9 +354,10 @@ class NerveNode(LifecycleNode):
         self._worker.wake()
 
     def _vocabulary_rejected(self, source: str, reason: str) -> str:
-        self.get_logger().warning(
-            f"the vocabulary by {source} is rejected: {reason}; the one before stays", throttle_duration_sec=1.0
-        )
+        now, told = time.monotonic(), self._rejections_told
+        if len(told) < REJECTIONS_TOLD or now - told[0] > THROTTLE:
+            told.append(now)
+            self.get_logger().warning(f"the vocabulary by {source} is rejected: {reason}; the one before stays")
         return reason
 
     def _ask_for_vocabulary(self, config: NodeConfig) -> None:

@@ -203,8 +203,12 @@ class Pipeline:
         try:
             self._process(frame, snapshot)
         except OutOfMemory as error:
+            self._health.dropped()
             self.forget(str(error))
             self._out_of_memory(error)
+        except Exception:
+            self._health.dropped()
+            raise
 
     def _process(self, frame: Frame, snapshot: Snapshot) -> None:
         config, header = self._config(), frame.message.header
@@ -229,6 +233,7 @@ class Pipeline:
         converted = time.perf_counter()
         seen = Seen(frame, image, snapshot)
         if not config.enabled:
+            self._health.dropped()
             self._seen = seen
             return
         wanted = self.outputs.wanted_maps(snapshot.request.labels)

@@ -156,14 +156,13 @@ class Worker(Generic[Image, Request, Snapshot, Question]):
             self._running, self._seen_one = True, False
             self._wake.notify()
 
-    def pause(self) -> list[Question]:
-        """Begin no further image, and forget the one that waits; returns the questions that nobody will answer now."""
+    def pause(self) -> tuple[Image | None, list[Question]]:
+        """Begin no further image; returns the one that waited, and the questions that nobody will answer now."""
         with self._wake:
             self._running = False
             left = list(self._questions)
             self._questions.clear()
-        self._images.take()
-        return left
+        return self._images.take(), left
 
     @property
     def snapshot(self) -> Snapshot | None:

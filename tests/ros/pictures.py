@@ -10,6 +10,20 @@ from std_msgs.msg import Header
 # Y, U, V of R, G, B in the range that video uses: luma 16 to 235.
 BT601 = np.array([[0.257, 0.504, 0.098], [-0.148, -0.291, 0.439], [0.439, -0.368, -0.071]])
 
+FIRST_SECOND = 1_600_000_000
+"""The second of the stamp of the frame numbered 0."""
+NUMBERED_SIZES = ((96, 64), (64, 48), (81, 61))
+
+
+def numbered(number: int) -> dict:
+    """What peer.py's `image` publishes as frame `number`: everything about it can be told from its second alone."""
+    width, height = NUMBERED_SIZES[number % len(NUMBERED_SIZES)]
+    return {
+        "picture": {"width": width, "height": height, "seed": 1 + number % 5},
+        "stamp": [FIRST_SECOND + number, number * 7_919_003 % 10**9],
+        "frame_id": f"camera {number % 4}",
+    }
+
 
 def scene(width: int, height: int, seed: int = 1) -> np.ndarray:
     """uint8 [height, width, 3] RGB: coloured discs and bars on a slope of brightness, the same for the same seed."""

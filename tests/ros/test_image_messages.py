@@ -1,5 +1,7 @@
 """Image messages to RGB and back, against pixels known beforehand."""
 
+import struct
+import zlib
 from contextlib import suppress
 
 import cv2
@@ -9,7 +11,18 @@ from sensor_msgs.msg import CompressedImage, Image
 from std_msgs.msg import Header
 
 import pictures
-from nerve_ros.images import ACCEPTED_ENCODINGS, ImageError, check_image, mono8_message, rgb8_message, to_rgb
+from nerve_ros.images import (
+    ACCEPTED_ENCODINGS,
+    MAX_FRAME_ID,
+    MAX_PIXELS,
+    MAX_SCANS,
+    MAX_SIDE,
+    ImageError,
+    check_image,
+    mono8_message,
+    rgb8_message,
+    to_rgb,
+)
 
 COLOUR = (200, 120, 40)
 # The widest error of a colour through each encoding: chroma of yuv is rounded.
@@ -111,6 +124,7 @@ def test_data_beyond_the_last_row_is_ignored_and_the_last_rows_padding_may_lack(
         ({"height": 9}, "data", "needs 324"),
         ({"height": 2**32 - 1, "width": 2**32 - 1, "step": 2**32 - 1}, "step", "at least"),
         ({"height": 2**32 - 1}, "data", "needs"),
+        ({"encoding": "\x1b[31m\nrgb8\u202e\u200b"}, "encoding", r"\\x1b\[31m\\nrgb8\\u202e\\u200b"),
     ],
 )
 def test_a_broken_message_is_refused_with_the_reason(change, kind, text):
@@ -122,6 +136,15 @@ def test_a_broken_message_is_refused_with_the_reason(change, kind, text):
             refuse(made)
         assert caught.value.kind == kind
         assert len(str(caught.value)) < 400
+
+
+def test_a_frame_id_that_is_no_name_is_not_passed_on():
+    made = message(plain(), "rgb8")
+    made.header.frame_id = "f" * MAX_FRAME_ID
+    assert to_rgb(made).shape == (8, 12, 3)
+    for refused in (made, compressed(encoded("jpg"))):
+        refused.header.frame_id = "f" * (MAX_FRAME_ID + 1)
+        assert_refused(refused, "header", "at most 1024")
 
 
 @pytest.mark.parametrize(("encoding", "size"), [("yuv422", (3, 4)), ("nv12", (4, 3)), ("nv21", (3, 4))])
@@ -164,12 +187,186 @@ def test_compressed_grey_and_transparent_and_16_bit_pictures_become_rgb():
         np.testing.assert_array_equal(out[..., 0], image[..., 0])
 
 
-@pytest.mark.parametrize("data", [b"", b"not a picture", b"\x89PNG\r\n\x1a\n" + bytes(50)])
-def test_what_is_no_picture_is_refused(data):
-    made = CompressedImage(format="jpeg")
+def compressed(data, format="jpeg"):
+    made = CompressedImage(format=format)
     made.data.frombytes(data)
-    with pytest.raises(ImageError, match="JPEG, PNG"):
-        to_rgb(made)
+    return made
+
+
+def encoded(kind, image=None):
+    return cv2.imencode(f".{kind}", plain() if image is None else image)[1].tobytes()
+
+
+def chunk(name, content):
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+
+def png(width, height, *chunks):
+    """A PNG that says it is RGB of this size and may not hold it."""
+    size = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"".join([b"\x89PNG\r\n\x1a\n", size, *chunks, chunk(b"IEND", b"")])
+
+
+def jpeg(width=None, height=None, channels=None):
+    """A JPEG that says it has this size and this many channels, whatever it holds."""
+    data = bytearray(encoded("jpg"))
+    place = data.index(b"\xff\xc0") + 5
+    told = struct.unpack_from(">HHB", data, place)
+    wanted = (height, width, channels)
+    struct.pack_into(">HHB", data, place, *(b if a is None else a for a, b in zip(wanted, told, strict=True)))
+    return bytes(data)
+
+
+def in_front(segments, data):
+    """The JPEG `data` with `segments` before all of its own."""
+    return data[:2] + segments + data[2:]
+
+
+@pytest.fixture
+def no_decoder(monkeypatch):
+    """Fails the test where anything is decoded."""
+    monkeypatch.setattr(cv2, "imdecode", lambda *_: pytest.fail("the data have reached a decoder"))
+
+
+def assert_refused(message, kind, text):
+    for refuse in (check_image, to_rgb):
+        with pytest.raises(ImageError, match=text) as caught:
+            refuse(message)
+        assert caught.value.kind == kind
+        assert len(str(caught.value)) < 400
+        assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("data", [b"", b"not a picture", b"\xff\xd8", b"\x89PNG"])
+def test_what_is_no_picture_is_refused(data, no_decoder):
+    assert_refused(compressed(data), "encoding" if data else "data", "JPEG, PNG")
+
+
+@pytest.mark.parametrize(("width", "height"), [(MAX_SIDE + 1, 1), (1, MAX_SIDE + 1), (MAX_SIDE, 2049), (65535, 65535)])
+def test_images_beyond_the_limits_are_refused_before_anything_is_made_of_them(width, height, no_decoder):
+    raw = Image(width=width, height=height, step=width, encoding="mono8")
+    raw.data.frombytes(bytes(min(width * height, MAX_PIXELS + MAX_SIDE)))
+    if len(raw.data) == width * height:
+        assert_refused(raw, "size", f"{width} x {height}.*{MAX_SIDE} and {MAX_PIXELS} pixels")
+    for data in (png(width, height), jpeg(width, height)):
+        assert_refused(compressed(data), "size", f"{width} x {height}.*{MAX_SIDE} and {MAX_PIXELS} pixels")
+
+
+def test_the_largest_images_are_read():
+    raw = Image(width=MAX_SIDE, height=MAX_PIXELS // MAX_SIDE, step=MAX_SIDE, encoding="mono8")
+    raw.data.frombytes(bytes(MAX_PIXELS))
+    assert to_rgb(raw).shape == (2048, 16384, 3)
+    assert to_rgb(compressed(encoded("png", np.zeros((1, MAX_SIDE, 3), np.uint8)))).shape == (1, MAX_SIDE, 3)
+
+
+@pytest.mark.parametrize("kind", ["bmp", "tiff", "webp", "ppm", "jp2", "gif"])
+def test_other_formats_never_reach_a_decoder(kind, no_decoder):
+    if not cv2.haveImageWriter(f"file.{kind}"):
+        pytest.skip(f"this OpenCV writes no {kind}")
+    assert_refused(compressed(encoded(kind, pictures.scene(64, 48)), "jpeg"), "encoding", "neither JPEG nor PNG")
+
+
+@pytest.mark.parametrize(
+    "format", ["jpeg", "png", "rgb8; jpeg compressed bgr8", "bgr8; png compressed ", "", "%s\x1b[2J"]
+)
+def test_the_data_tell_the_format_whatever_the_message_says(format):
+    image = np.full((8, 12, 3), COLOUR, np.uint8)
+    for kind, error in (("jpg", 3), ("png", 0)):
+        out = to_rgb(compressed(encoded(kind, image[..., ::-1]), format))
+        assert np.abs(out.astype(int) - image).max() <= error
+
+
+def test_compressed_depth_is_refused(no_decoder):
+    data = bytes(12) + encoded("png", np.zeros((4, 4), np.uint16))
+    assert_refused(compressed(data, "16UC1; compressedDepth png"), "encoding", "one of depth, without colours")
+
+
+def test_a_jpeg_that_is_cut_off_anywhere_is_refused(no_decoder):
+    data = encoded("jpg")
+    for end in range(3, len(data) - 1):
+        with pytest.raises(ImageError):
+            check_image(compressed(data[:end]))
+
+
+def test_a_png_that_is_cut_off_anywhere_is_refused(no_decoder):
+    data = encoded("png")
+    # Its last four bytes are the sum of nothing.
+    for end in range(8, len(data) - 4):
+        with pytest.raises(ImageError):
+            check_image(compressed(data[:end]))
+
+
+@pytest.mark.parametrize("length", [10**6, 2**31 - 1, 2**32 - 1])
+@pytest.mark.parametrize("name", [b"IDAT", b"tEXt", b"xxxx", b"IEND"])
+def test_a_png_with_a_part_larger_than_itself_is_refused(name, length, no_decoder):
+    """The decoder would make room for it first."""
+    data = png(4, 4, chunk(b"tEXt", b"k\0v"))
+    broken = data[:33] + struct.pack(">I", length) + name + data[41:]
+    assert_refused(compressed(broken), "data", "cut off")
+
+
+def test_a_png_of_endless_parts_is_refused(no_decoder):
+    assert_refused(compressed(png(4, 4, chunk(b"tEXt", b"") * 1_000_000)), "decode", "more than 50000 parts")
+
+
+def test_what_cameras_put_around_a_jpeg_is_no_reason_to_refuse_it():
+    data = encoded("jpg")
+    expected = to_rgb(compressed(data))
+    thumbnail = b"\xff\xe1" + struct.pack(">H", 2 + len(data)) + data
+    for padded in (data + bytes(1000), data + data, in_front(thumbnail, data), in_front(b"\xff\xff\xff", data)):
+        np.testing.assert_array_equal(to_rgb(compressed(padded)), expected)
+
+
+def test_a_picture_stays_as_it_lies_whatever_its_orientation_says():
+    image = cv2.GaussianBlur(pictures.scene(32, 16), (0, 0), 2)
+    data = encoded("jpg", image)
+    turned = b"Exif\0\0MM\0*" + struct.pack(">IHHHIHHI", 8, 1, 0x0112, 3, 1, 6, 0, 0)
+    tagged = in_front(b"\xff\xe1" + struct.pack(">H", 2 + len(turned)) + turned, data)
+    assert cv2.imdecode(np.frombuffer(tagged, np.uint8), cv2.IMREAD_COLOR).shape == (32, 16, 3)
+    np.testing.assert_array_equal(to_rgb(compressed(tagged)), to_rgb(compressed(data)))
+
+
+def test_an_animation_is_its_first_picture():
+    rows = b"".join(b"\0" + bytes(COLOUR) * 4 for _ in range(3))
+    frame = (4, 3, 0, 0, 1, 1, 0, 0)
+    data = png(
+        4,
+        3,
+        chunk(b"acTL", struct.pack(">II", 2, 0)),
+        chunk(b"fcTL", struct.pack(">IIIIIHHBB", 0, *frame)),
+        chunk(b"IDAT", zlib.compress(rows)),
+        chunk(b"fcTL", struct.pack(">IIIIIHHBB", 1, *frame)),
+        chunk(b"fdAT", struct.pack(">I", 2) + zlib.compress(bytes(len(rows)))),
+    )
+    assert (to_rgb(compressed(data)) == COLOUR).all()
+
+
+def test_a_jpeg_of_four_channels_is_refused(no_decoder):
+    assert_refused(compressed(jpeg(channels=4)), "encoding", "4 channels")
+
+
+def test_a_jpeg_that_goes_over_its_image_again_and_again_is_refused(no_decoder):
+    data = encoded("jpg")
+    scan = data[data.index(b"\xff\xda") : -2]
+    assert_refused(compressed(data[:-2] + scan * MAX_SCANS + data[-2:]), "data", f"more than {MAX_SCANS} times")
+
+
+@pytest.mark.parametrize("segment", [b"\xff\xe0\0\2", b"\xff", b"\xff\xfe\0\0", b"\xff\xe0\0\1"])
+def test_a_jpeg_without_end_before_its_size_is_refused(segment, no_decoder):
+    assert_refused(compressed(in_front(segment * 5_000_000, encoded("jpg"))), "decode", "size was not found")
+
+
+def test_a_png_that_does_not_begin_with_its_size_is_refused(no_decoder):
+    data = png(4, 4)
+    for broken in (data[:8] + chunk(b"tEXt", b"k\0v") + data[8:], data[:20], b"\x89PNG\r\n\x1a\n" + bytes(50)):
+        assert_refused(compressed(broken, "png"), "decode", "does not begin with its size")
+
+
+def test_text_in_a_png_that_unfolds_to_a_gigabyte_is_not_unfolded():
+    rows = b"".join(b"\0" + bytes(COLOUR) * 4 for _ in range(3))
+    folded = zlib.compress(bytes(50_000_000), 9)
+    for extra in (chunk(b"zTXt", b"k\0\0" + folded), chunk(b"iCCP", b"k\0\0" + folded)):
+        assert (to_rgb(compressed(png(4, 3, extra, chunk(b"IDAT", zlib.compress(rows))))) == COLOUR).all()
 
 
 def test_outgoing_messages_carry_the_header_and_packed_rows():

@@ -348,8 +348,9 @@ def test_only_so_many_questions_wait_and_a_pause_hands_them_back(bench):
     b = bench()
     b.start()
     assert [b.worker.ask(number) for number in range(QUESTIONS + 2)] == [True] * QUESTIONS + [False] * 2
-    assert b.worker.pause() == list(range(QUESTIONS))
-    assert b.worker.pause() == []
+    assert b.worker.pause() == (None, list(range(QUESTIONS)))
+    b.worker.offer("late")
+    assert b.worker.pause() == ("late", [])
     b.worker.resume()
     b.worker.offer(1)
     b.wait("end", 1, "A")
