@@ -15,6 +15,8 @@ MAX_NAMES = 254
 MAX_CHARACTERS = 128
 MAX_WORDS = 1024
 """Names, synonyms and negatives together: each is a query of its own, and costs time and memory in every image."""
+MAX_ENTRIES = 4 * MAX_WORDS
+"""Words as they are given, duplicates included: of more than these none is looked at."""
 SYNONYM_SEPARATOR = "|"
 
 
@@ -47,6 +49,12 @@ class Vocabulary:
             )
         if isinstance(negatives, str):
             raise VocabularyError(f"negatives must be a sequence of strings, not one string; got {negatives!r}")
+        # Before anything is split or looked at letter by letter: a message may hold ten million, all the same.
+        if len(names) + sum(_as_text(entry).count(SYNONYM_SEPARATOR) for entry in names) > MAX_ENTRIES:
+            raise VocabularyError(
+                f"{len(names)} names with their synonyms are too many: at most {MAX_NAMES} names, {MAX_WORDS} words, "
+                f"and {MAX_ENTRIES} words where some are named again"
+            )
         classes: list[tuple[str, ...]] = []
         dropped: list[str] = []
         seen: set[str] = set()
@@ -80,6 +88,8 @@ class Vocabulary:
     @classmethod
     def parse(cls, text: str, *, negatives: Sequence[str] | None = None) -> Vocabulary:
         """The vocabulary a person types: names separated by commas or line breaks ("ball, mug|cup"); "" is empty."""
+        if text.count(",") + text.count("\n") > MAX_ENTRIES:
+            raise VocabularyError(f"the text has too many names: at most {MAX_ENTRIES} commas and line breaks")
         return cls([part for part in re.split(r"[,\n]", text) if part.strip()], negatives=negatives)
 
     def __len__(self) -> int:
@@ -99,7 +109,7 @@ def _clean(word: str) -> str:
         raise _too_long(word)
     # what is not printable is shown escaped, so that a message never carries it on
     if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in word):
-        raise VocabularyError(f"name {word!r} has control characters: only printable text is accepted")
+        raise VocabularyError(f"name {word[:24]!r} has control characters: only printable text is accepted")
     word = unicodedata.normalize("NFC", word.strip())
     if not word:
         raise VocabularyError("an empty name is not accepted: every name and synonym needs at least one letter")

@@ -25,9 +25,11 @@ def why_no_image(node: Node, topic: str, message_type: str, qos: QoSProfile) -> 
 
 
 def _obstacles(publisher: TopicEndpointInfo, topic: str, message_type: str, qos: QoSProfile) -> list[str]:
-    who = f"{publisher.node_namespace.rstrip('/')}/{publisher.node_name}"
+    # Whoever takes part chooses these names: shown so that no control character reaches a terminal.
+    who = repr(f"{publisher.node_namespace.rstrip('/')}/{publisher.node_name}"[:80])
     if publisher.topic_type != message_type:
-        return [f"{who} publishes {publisher.topic_type} there, and {message_type} is read (see image_transport)"]
+        kind = publisher.topic_type[:80]
+        return [f"{who} publishes {kind!r} there, and {message_type} is read (see image_transport)"]
     theirs, found = publisher.qos_profile, []
     override = f"set the parameter qos_overrides.{topic}.subscription"
     if qos.reliability == ReliabilityPolicy.RELIABLE and theirs.reliability == ReliabilityPolicy.BEST_EFFORT:

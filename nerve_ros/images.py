@@ -235,10 +235,8 @@ def _check_jpeg(data: bytes) -> None:
             if data.rfind(b"\xff\xd9") < place:
                 raise ImageError("data", "the JPEG is cut off: its end is missing")
             return
-        length = struct.unpack_from(">H", data, place + 2)[0]
-        if marker != 0xFF and length < 2:
-            break
-        place += 1 if marker == 0xFF else 2 + length
+        # Any number of 0xFF may stand before a marker.
+        place += 1 if marker == 0xFF else 2 + struct.unpack_from(">H", data, place + 2)[0]
     raise ImageError("decode", "the JPEG is damaged: its size was not found")
 
 

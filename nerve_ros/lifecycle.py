@@ -50,6 +50,9 @@ NO_IMAGE_WARNING = 2.0
 NAMESAKE_WARNING = 25.0
 """Seconds after which another node of the same name is told of: one that was killed is forgotten after 20."""
 
+VOCABULARIES_TOLD = 60
+"""Lines about vocabularies that were taken in the log within THROTTLE seconds, at most."""
+
 REJECTIONS_TOLD = 20
 """Rejected vocabularies that the log tells of within THROTTLE seconds, each with its reason; the others are counted."""
 
@@ -60,6 +63,21 @@ VOCABULARY_QOS = QoSProfile(
     depth=1, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL
 )
 TEXT_QOS = QoSProfile(depth=10, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.VOLATILE)
+
+
+class Burst:
+    """At most `most` lines of a kind within THROTTLE seconds: rclpy's own throttle would let through only the first."""
+
+    def __init__(self, most: int) -> None:
+        self._told: deque[float] = deque(maxlen=most)
+
+    def room(self) -> bool:
+        """Whether one more may be told now; it then counts as told."""
+        now = time.monotonic()
+        if len(self._told) == self._told.maxlen and now - self._told[0] <= THROTTLE:
+            return False
+        self._told.append(now)
+        return True
 
 
 class Interrupted(BaseException):
@@ -111,7 +129,7 @@ class NerveNode(LifecycleNode):
         self._alone_at = time.monotonic()
         self._told: set[str] = set()
         self._questions: list[Question] = []
-        self._rejections_told: deque[float] = deque(maxlen=REJECTIONS_TOLD)
+        self._vocabularies_told, self._rejections_told = Burst(VOCABULARIES_TOLD), Burst(REJECTIONS_TOLD)
         self._health = Health()
         self._config = parameters.declare(self)
         self._registry = LabelRegistry()
@@ -354,9 +372,7 @@ class NerveNode(LifecycleNode):
         self._worker.wake()
 
     def _vocabulary_rejected(self, source: str, reason: str) -> str:
-        now, told = time.monotonic(), self._rejections_told
-        if len(told) < REJECTIONS_TOLD or now - told[0] > THROTTLE:
-            told.append(now)
+        if self._rejections_told.room():
             self.get_logger().warning(f"the vocabulary by {source} is rejected: {reason}; the one before stays")
         return reason
 
@@ -367,6 +383,8 @@ class NerveNode(LifecycleNode):
         if replaced is not None:
             self._abandon(replaced, None)
         self._health.vocabulary(accepted=True)
+        if not self._vocabularies_told.room():
+            return
         log = self.get_logger()
         self._warn_of_duplicates(vocabulary)
         if vocabulary.names:

@@ -33,6 +33,9 @@ _WHEN_TEXT = {
     START: "Read once, at start: may only be given to the node as it starts.",
 }
 
+MAX_PATH = 1024
+"""Characters of a path or of the name of a model, at most."""
+
 PAIR_VALUE = -1.0
 """What threshold and presence_threshold hold where the model pair's own value is meant."""
 
@@ -260,6 +263,10 @@ class NodeConfig:
             Vocabulary(classes)
         except ValueError as error:
             raise ParameterError(f"confidence_classes: {error}; [''] alone means none") from error
+        for name in ("model", "cache_dir", "revision"):
+            value = getattr(self, name)
+            if len(value) > MAX_PATH or not value.isprintable():
+                raise ParameterError(f"{name} is {_short(value)}; accepted: at most {MAX_PATH} printable characters")
         if not self.model.strip():
             raise ParameterError("model is empty; accepted: the name of a model pair, or its folder")
         if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", self.device):

@@ -118,6 +118,7 @@ class Pipeline:
         self._seen: Seen | None = None
         self._unseen = ""
         self._out_of_memory_in_a_row = 0
+        self._untold = True
 
     # Loading.
 
@@ -170,6 +171,8 @@ class Pipeline:
         """Publish the LabelInfo of `snapshot` where it is news, and have the topics that it needs."""
         if self.outputs is None or snapshot is None:
             return
+        # Until it has gone out, no image may: where it fails, the next image tries it again.
+        self._untold = True
         config = self._config()
         self._apply(config)
         request = snapshot.request
@@ -180,6 +183,7 @@ class Pipeline:
             self._clock.now().to_msg(),
         )
         self.outputs.confidence_topics(request.labels, config.dense_names())
+        self._untold = False
 
     def _apply(self, config: NodeConfig) -> bool:
         """Have the segmenter go by the settings of `config` that may change between images; whether any changed."""
@@ -220,7 +224,7 @@ class Pipeline:
             self.forget(f"the newest image is too old: {reason}")
             self._log.warning(f"image dropped: {reason}", throttle_duration_sec=THROTTLE)
             return
-        if self._apply(config):
+        if self._apply(config) or self._untold:
             self.tell_labels(snapshot)
         started = time.perf_counter()
         try:
