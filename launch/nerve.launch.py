@@ -3,7 +3,8 @@
     ros2 launch nerve_ros nerve.launch.py image_topic:=/camera/image_raw vocabulary:="ball, ladder"
 
 An argument that is left empty leaves the parameter to `params_file`. The lifecycle is the node's: with its
-parameter `autostart` it configures and activates itself, without it a lifecycle manager does.
+parameter `autostart` it configures and activates itself, without it a lifecycle manager does. A node that dies is
+started again.
 """
 
 import os
@@ -12,7 +13,9 @@ from pathlib import Path
 
 from ament_index_python.packages import PackageNotFoundError, get_package_prefix, get_package_share_directory
 from launch import LaunchContext, LaunchDescription
-from launch.actions import DeclareLaunchArgument, OpaqueFunction, SetEnvironmentVariable
+from launch.actions import DeclareLaunchArgument, EmitEvent, OpaqueFunction, SetEnvironmentVariable
+from launch.events import matches_action
+from launch.events.process import ProcessExited, ShutdownProcess
 from launch.substitutions import LaunchConfiguration, PathJoinSubstitution
 from launch_ros.actions import Node
 from launch_ros.substitutions import FindPackageShare
@@ -26,6 +29,16 @@ ARGUMENTS = [
         "image_topic",
         default_value="image",
         description="The camera's image topic; compressed images are taken from <image_topic>/compressed.",
+    ),
+    DeclareLaunchArgument(
+        "depth_topic",
+        default_value="",
+        description="Depth images that belong to the camera's: with them `locate` answers in metres too.",
+    ),
+    DeclareLaunchArgument(
+        "camera_info_topic",
+        default_value="",
+        description="The camera's intrinsics, needed with depth_topic; left out: `camera_info`.",
     ),
     DeclareLaunchArgument(
         "params_file",
@@ -61,6 +74,20 @@ ARGUMENTS = [
         description="true: configure and activate at start. false: leave that to a lifecycle manager.",
     ),
     DeclareLaunchArgument(
+        "enabled", default_value="", description="false: segment nothing until the service `enable` says so. Or true."
+    ),
+    DeclareLaunchArgument(
+        "respawn",
+        default_value="true",
+        description="true: start the node again when it dies; not where it was asked to end, or refuses its settings.",
+    ),
+    DeclareLaunchArgument(
+        "respawn_delay", default_value="2.0", description="Seconds from its death to its new start, 0.1 to 3600."
+    ),
+    DeclareLaunchArgument(
+        "enclave", default_value="", description="SROS 2 enclave whose keys and permissions the node uses: '/nerve'."
+    ),
+    DeclareLaunchArgument(
         "rviz", default_value="false", description="true: show image, mask and overlay in RViz. Or false."
     ),
 ]
@@ -90,7 +117,7 @@ def start(context: LaunchContext) -> list:
         raise RuntimeError(f"params_file is '{params_file}', and there is no such file")
 
     overrides = {name: value[name] for name in ("model", "device", "image_transport") if value[name]}
-    for name in ("offline", "use_sim_time", "autostart"):
+    for name in ("offline", "use_sim_time", "autostart", "enabled"):
         if value[name]:
             overrides[name] = boolean(name, value[name])
     names = [name.strip() for name in re.split(r"[,\n]", value["vocabulary"]) if name.strip()]
@@ -99,9 +126,13 @@ def start(context: LaunchContext) -> list:
 
     image_topic = value["image_topic"]
     remappings = [("image", image_topic), ("image/compressed", f"{image_topic}/compressed")]
+    depth = [(name, value[f"{name}_topic"]) for name in ("depth", "camera_info") if value[f"{name}_topic"]]
+    if depth:
+        overrides["use_depth"] = True
     # The node's logger is named after its namespace, which a group around this file may have put a prefix to.
     namespace = prefix_namespace(context.launch_configurations.get("ros_namespace"), value["namespace"])
     logger = f"{namespace or ''}/nerve".strip("/").replace("/", ".")
+    enclave = ["--enclave", value["enclave"]] if value["enclave"] else []
     actions = [
         Node(
             package="nerve_ros",
@@ -109,15 +140,25 @@ def start(context: LaunchContext) -> list:
             name="nerve",
             namespace=value["namespace"],
             parameters=[str(params_file), *([overrides] if overrides else [])],
-            remappings=remappings if image_topic != "image" else [],
-            ros_arguments=["--log-level", f"{logger}:={value['log_level']}"],
+            remappings=[*(remappings if image_topic != "image" else []), *depth],
+            ros_arguments=["--log-level", f"{logger}:={value['log_level']}", *enclave],
             output="screen",
             emulate_tty=True,
+            respawn=boolean("respawn", value["respawn"]),
+            respawn_delay=seconds("respawn_delay", value["respawn_delay"]),
+            on_exit=leave_ended,
         )
     ]
     if boolean("rviz", value["rviz"] or "false"):
         actions.append(rviz(value["namespace"], remappings, overrides.get("use_sim_time", False), context))
     return actions
+
+
+def leave_ended(event: ProcessExited, context: LaunchContext) -> list:
+    """Hold launch, which starts again whatever ends, from starting what was asked to end or refuses its settings."""
+    if event.returncode not in (0, 2):
+        return []
+    return [EmitEvent(event=ShutdownProcess(process_matcher=matches_action(event.action)))]
 
 
 def rviz(namespace: str, remappings: list, use_sim_time: bool, context: LaunchContext) -> Node:
@@ -145,3 +186,15 @@ def boolean(name: str, text: str) -> bool:
     if text.lower() not in values:
         raise RuntimeError(f"{name} is '{text}'; accepted: true, false")
     return values[text.lower()]
+
+
+def seconds(name: str, text: str) -> float:
+    """The time that an argument's text stands for. Raises RuntimeError for any other text."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    # Not 0: launch can be held from starting a node again only while it waits to do so.
+    if not 0.1 <= number <= 3600.0:
+        raise RuntimeError(f"{name} is '{text}'; accepted: seconds, 0.1 to 3600")
+    return number

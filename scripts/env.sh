@@ -1,6 +1,7 @@
 # To be sourced by bash, from anywhere:  . scripts/env.sh
 # Makes this clone's ROS 2, Python environment and build the ones that the shell uses: PATH, PYTHONPATH, library and
-# ament paths, the DDS profile, discovery on this machine only. Sourcing it twice changes nothing more.
+# ament paths, the DDS profile, discovery on this machine only. Sourcing it twice changes nothing more. NERVE_DISTRO says
+# which ROS 2, as for scripts/setup.
 # shellcheck shell=bash
 
 _nerve_prepend() { # _nerve_prepend VARIABLE ENTRY: to the front, once
@@ -22,11 +23,14 @@ _nerve_leave_out() { # _nerve_leave_out VARIABLE PREFIX: every entry that lies i
 }
 
 _nerve_env() {
-  local root venv prefix variable folder
+  local root home venv prefix variable folder distro=${NERVE_DISTRO:-kilted}
   root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
-  venv=$root/.venv
-  if [[ ! -e $venv/.nerve-setup || ! -e $root/install/setup.bash ]]; then
-    printf 'scripts/env.sh: nothing is built here yet. Run %s/scripts/setup first.\n' "$root" >&2
+  home=$root
+  [[ $distro == kilted ]] || home=$root/.$distro
+  venv=$home/.venv
+  if [[ ! -e $venv/.nerve-setup || ! -e $home/install/setup.bash ]]; then
+    printf 'scripts/env.sh: no ROS 2 %s is built here yet. Run first:  NERVE_DISTRO=%s %s/scripts/setup\n' \
+      "${distro^}" "$distro" "$root" >&2
     return 1
   fi
 
@@ -54,8 +58,7 @@ _nerve_env() {
   done
   # Each Python of the wheels starts itself once more to set the library path, in no fixed order, unless told that it is set.
   export _ROS_WHEELS_BOOTSTRAP_COMPLETE=1
-  export ROS_VERSION=2 ROS_PYTHON_VERSION=3
-  ROS_DISTRO=$(sed -n 's/^NERVE_DISTRO=//p' "$venv/.nerve-choices") && export ROS_DISTRO
+  export ROS_VERSION=2 ROS_PYTHON_VERSION=3 ROS_DISTRO=$distro
   if [[ -n ${RMW_IMPLEMENTATION:-} && ! -e $venv/lib/lib$RMW_IMPLEMENTATION.so ]]; then
     printf 'scripts/env.sh: RMW_IMPLEMENTATION=%s is not in this environment; using rmw_fastrtps_cpp\n' "$RMW_IMPLEMENTATION" >&2
     export RMW_IMPLEMENTATION=rmw_fastrtps_cpp
@@ -65,17 +68,22 @@ _nerve_env() {
   if [[ $- == *u* ]]; then nounset=true; fi
   set +u
   # shellcheck disable=SC1091
-  . "$root/install/setup.bash"
+  . "$home/install/setup.bash"
   if [[ $nounset == true ]]; then set -u; fi
 
   # Fast DDS's own shared memory segment of 512 kB loses every image of a megabyte. Jazzy knows the profile file by an older
   # name, which later distributions warn about.
-  if [[ -z ${FASTDDS_DEFAULT_PROFILES_FILE:-}${FASTRTPS_DEFAULT_PROFILES_FILE:-} ]]; then
-    export FASTDDS_DEFAULT_PROFILES_FILE=$root/config/fastdds.xml
-    if [[ $ROS_DISTRO == jazzy ]]; then export FASTRTPS_DEFAULT_PROFILES_FILE=$root/config/fastdds.xml; fi
+  local profile=$root/config/fastdds.xml
+  if [[ ${FASTDDS_DEFAULT_PROFILES_FILE:-${FASTRTPS_DEFAULT_PROFILES_FILE:-$profile}} == "$profile" ]]; then
+    export FASTDDS_DEFAULT_PROFILES_FILE=$profile
+    if [[ $distro == jazzy ]]; then
+      export FASTRTPS_DEFAULT_PROFILES_FILE=$profile
+    else
+      unset FASTRTPS_DEFAULT_PROFILES_FILE
+    fi
   fi
   export ROS_AUTOMATIC_DISCOVERY_RANGE=${ROS_AUTOMATIC_DISCOVERY_RANGE:-LOCALHOST}
-  export ROS_LOG_DIR=${ROS_LOG_DIR:-$root/log/ros}
+  export ROS_LOG_DIR=${ROS_LOG_DIR:-$home/log/ros}
 }
 
 if _nerve_env; then

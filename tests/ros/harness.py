@@ -29,7 +29,10 @@ PATIENCE = 60.0
 """Seconds that anything may take that should happen at once."""
 LOADING = 180.0
 """Seconds that loading the embedded pair may take on a slow and busy machine."""
-OWNED_SEGMENT = re.compile(r"/dev/shm/fastdds_[0-9a-f]{16}_el$")
+ENDING = 20.0
+"""Seconds that a peer may take to end in order."""
+SEGMENT = re.compile(r"fast(dds|rtps)_[0-9a-f]{16}(_el)?")
+OWNED = re.compile(r"/dev/shm/(fast(?:dds|rtps)_(?:[0-9a-f]{16}|port\d+))_el$")
 
 
 @contextmanager
@@ -75,6 +78,7 @@ class Process:
         self.lines: list[str] = []
         self._news = threading.Condition()
         self._held: set[Path] = set()
+        self._orphaned: set[Path] = set()
         self._child = subprocess.Popen(
             command,
             env=dict(env),
@@ -125,10 +129,14 @@ class Process:
     def running(self) -> bool:
         return self._child.poll() is None
 
-    def send(self, number: signal.Signals) -> None:
-        """Send a signal to the process."""
-        self._held |= self._shared_memory()
-        self._child.send_signal(number)
+    def send(self, number: signal.Signals, pid: int | None = None) -> None:
+        """Send a signal to the process, or to one that it started."""
+        held = self._orphaned if number == signal.SIGKILL else self._held
+        held |= shared_memory(pid or self._child.pid)
+        if pid is None:
+            self._child.send_signal(number)
+        else:
+            os.kill(pid, number)
 
     def ended(self, timeout: float = PATIENCE) -> int:
         """The exit code, once the process has ended by itself or by a signal."""
@@ -143,7 +151,7 @@ class Process:
 
     def ask_to_end(self) -> None:
         """Ask the process to end in order, and return at once."""
-        self._held |= self._shared_memory()
+        self._held |= shared_memory(*self._session())
         if self._child.stdin is not None:
             with suppress(BrokenPipeError):
                 self._child.stdin.close()
@@ -160,31 +168,44 @@ class Process:
 
     def kill(self) -> None:
         """End the process and whatever it started, at once."""
-        self._held |= self._shared_memory()
+        self._orphaned |= shared_memory(*self._session())
         with suppress(ProcessLookupError):
             os.killpg(self._child.pid, signal.SIGKILL)
         self._child.wait()
         self._tidy()
 
-    def _tidy(self) -> None:
-        """Nothing in /dev/shm outlives a process: killed, it had no time to see to that; otherwise this fails."""
-        left = [path for path in self._held if path.exists()]
-        self._held.clear()
-        for path in left:
-            path.unlink(missing_ok=True)
-        assert not left or self._child.returncode == -signal.SIGKILL, f"left: {sorted(map(str, left))}\n{self.report()}"
-
-    def _shared_memory(self) -> set[Path]:
-        """What Fast DDS made in /dev/shm for this process and for those that it started."""
-        found = set()
-        for process in Path("/proc").glob("[0-9]*"):
-            with suppress(OSError):  # another user's, or it has ended meanwhile
-                if os.getsid(int(process.name)) != self._child.pid:
-                    continue
-                # The owner of a segment holds its lock file open, <segment>_el, as long as it lives.
-                for name in filter(OWNED_SEGMENT.match, (os.readlink(path) for path in (process / "fd").iterdir())):
-                    found |= {Path(name), Path(name.removesuffix("_el"))}
+    def _session(self) -> list[int]:
+        """The process and those that it started."""
+        found = []
+        for number in [int(path.name) for path in Path("/proc").glob("[0-9]*")]:
+            with suppress(ProcessLookupError):
+                if os.getsid(number) == self._child.pid:
+                    found.append(number)
         return found
+
+    def _tidy(self) -> None:
+        """Remove what a killed process had no time to; fails where one that ended in order left something."""
+        # A port's name may be another process's by now.
+        ended = [path for path in self._held - self._orphaned if SEGMENT.fullmatch(path.name)]
+        left = sorted(path.name for path in ended if path.exists())
+        for path in self._orphaned.union(ended):
+            path.unlink(missing_ok=True)
+        self._held.clear()
+        self._orphaned.clear()
+        assert not left, f"left in /dev/shm: {left}\n{self.report()}"
+
+
+def shared_memory(*pids: int) -> set[Path]:
+    """What Fast DDS keeps in /dev/shm for these processes: segments, and the ports that they receive by."""
+    found = set()
+    for pid in pids:
+        with suppress(OSError):  # it has ended meanwhile
+            # Whoever owns one holds its lock file open, <name>_el, as long as it lives.
+            for target in [os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir()]:
+                if owned := OWNED.match(target):
+                    name = owned.group(1)
+                    found |= {Path("/dev/shm", part) for part in (name, f"{name}_el", f"sem.{name}_mutex")}
+    return found
 
 
 class Node(Process):
@@ -241,6 +262,13 @@ class Peer(Process):
         reply = self._replies.pop(number)
         assert "error" not in reply, f"{command}: {reply['error']}\n{self.report()}"
         return reply
+
+    def end(self) -> None:
+        """End the peer in order; or kill it, where Fast DDS waits in it for a lock of a process that was killed."""
+        self.ask_to_end()
+        with suppress(subprocess.TimeoutExpired):
+            self._child.wait(ENDING)
+        self.kill()
 
     def mark(self) -> int:
         """A place in the events, to look from later."""

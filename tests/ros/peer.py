@@ -24,6 +24,7 @@ from geometry_msgs.msg import Point, Vector3
 from lifecycle_msgs.srv import ChangeState, GetState
 from rcl_interfaces.msg import Parameter as ParameterMessage
 from rcl_interfaces.srv import DescribeParameters, GetParameters, ListParameters, SetParameters
+from rclpy.event_handler import PublisherEventCallbacks
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.parameter import Parameter, parameter_value_to_python
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
@@ -192,10 +193,14 @@ class Peer:
 
     # Publishing.
 
-    def publisher(self, topic: str):
+    def publisher(self, topic: str, message_type: type | None = None, qos: QoSProfile = CAMERA):
+        """The publisher of a topic; made with that type and quality, or those of PUBLISHED, where there is none yet."""
         if topic not in self.publishers:
-            message_type, qos = PUBLISHED[topic]
-            self.publishers[topic] = self.node.create_publisher(message_type, topic, qos)
+            if message_type is None:
+                message_type, qos = PUBLISHED[topic]
+            # Without events the executor does not hold it, and it is gone as soon as it is destroyed.
+            no_events = PublisherEventCallbacks(use_default_callbacks=False)
+            self.publishers[topic] = self.node.create_publisher(message_type, topic, qos, event_callbacks=no_events)
         return self.publishers[topic]
 
     def do_advertise(
@@ -208,12 +213,8 @@ class Peer:
         wait: bool = True,
     ) -> dict:
         """Create the publisher, of the topic's own type and quality or of those given; wait until somebody listens."""
-        if topic not in self.publishers:
-            message_type, qos = PUBLISHED.get(topic, (Image, CAMERA))
-            message_type = TYPES[type] if type else message_type
-            qos = quality(qos, reliability, durability)
-            self.publishers[topic] = self.node.create_publisher(message_type, topic, qos)
-        publisher = self.publishers[topic]
+        message_type, qos = PUBLISHED.get(topic, (Image, CAMERA))
+        publisher = self.publisher(topic, TYPES[type] if type else message_type, quality(qos, reliability, durability))
         deadline = time.monotonic() + 30.0
         while wait and publisher.get_subscription_count() == 0:
             if time.monotonic() > deadline:
@@ -248,10 +249,7 @@ class Peer:
             message.header = self.header(stamp, frame_id)
         if data is not None:
             message.data.frombytes(base64.b64decode(data))
-        if topic not in self.publishers:
-            qos = PUBLISHED.get(topic, (None, CAMERA))[1]
-            self.publishers[topic] = self.node.create_publisher(TYPES[type], topic, qos)
-        self.publishers[topic].publish(message)
+        self.publisher(topic, TYPES[type], PUBLISHED.get(topic, (None, CAMERA))[1]).publish(message)
         return {}
 
     def do_depth(
@@ -309,10 +307,10 @@ class Peer:
         self.publisher(topic).publish(message)
         return stamp_of(message.header)
 
-    def do_stream(self, *, picture: dict, rate: float) -> dict:
+    def do_stream(self, *, picture: dict, rate: float, topic: str = "image") -> dict:
         """Publish the picture `rate` times a second, stamped with the time of publishing, until told to stop."""
         message = pictures.message(picture, self.header(None, "camera"))
-        publisher = self.publisher("image")
+        publisher = self.publisher(topic)
         self.stream, self.streamed = threading.Event(), 0
 
         def run(stop: threading.Event) -> None:
@@ -370,9 +368,10 @@ class Peer:
         self.target = node
         return {}
 
-    def do_locate(self, *, name: str, timeout: float = 60.0) -> dict:
+    def do_locate(self, *, name: str, want_mask: bool = True, timeout: float = 60.0) -> dict:
         began = time.monotonic()
-        answer = self.call(Locate, f"{self.target}/locate", Locate.Request(name=name), timeout)
+        request = Locate.Request(name=name, want_mask=want_mask)
+        answer = self.call(Locate, f"{self.target}/locate", request, timeout)
         return {"seconds": time.monotonic() - began, **self.located(answer)}
 
     def do_locate_all(self, *, names: list[str], timeout: float = 60.0) -> dict:
