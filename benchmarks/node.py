@@ -253,6 +253,10 @@ class Listener:
         self._thread = threading.Thread(target=spin, daemon=True)
         self._thread.start()
 
+    def give_up(self, subscription: Any) -> None:
+        """Destroy one between two callbacks: while the executor waits for it, it would end the spinning."""
+        self._executor.create_task(self.node.destroy_subscription, subscription)
+
     def close(self) -> None:
         """Stop listening."""
         self._executor.shutdown(timeout_sec=5.0)
@@ -353,7 +357,7 @@ def watched(listener: Listener, watched: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        listener.node.destroy_subscription(topic)
+        listener.give_up(topic)
 
 
 def cost(bench: Bench, size: tuple[int, int], encoding: str, overlay: bool, images: int) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 
 import numpy as np
@@ -150,7 +151,7 @@ class Peer:
         return {}
 
     def do_unsubscribe(self, *, kind: str) -> dict:
-        self.node.destroy_subscription(self.subscriptions.pop(kind))
+        self.in_turn(self.node.destroy_subscription, self.subscriptions.pop(kind))
         return {}
 
     def received(self, kind: str, message: object, info: dict) -> None:
@@ -230,7 +231,7 @@ class Peer:
 
     def do_withdraw(self, *, topic: str) -> dict:
         """Destroy the publisher."""
-        self.node.destroy_publisher(self.publishers.pop(topic))
+        self.in_turn(self.node.destroy_publisher, self.publishers.pop(topic))
         return {}
 
     def do_message(
@@ -493,6 +494,13 @@ class Peer:
         spinning.join()
         self.node.destroy_node()
         rclpy.try_shutdown()
+
+    def in_turn(self, do: Callable[[object], object], argument: object) -> None:
+        """Have the executor do it between two callbacks: what is destroyed while it waits for it ends the spinning."""
+        done = threading.Event()
+        self.executor.create_task(lambda: (do(argument), done.set()))
+        if not done.wait(30.0):
+            raise TimeoutError("the executor does not spin")
 
     def spin(self) -> None:
         with suppress(ExternalShutdownException):
