@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,9 +15,6 @@ if TYPE_CHECKING:
     from rclpy.impl.rcutils_logger import RcutilsLogger
 
     from nerve_ros.lifecycle import NerveNode
-
-M_ARENA_MAX = -8
-"""Of glibc's malloc.h."""
 
 THROTTLE = 5.0
 """Seconds between two log lines about errors in callbacks."""
@@ -32,7 +27,6 @@ def main(args: Sequence[str] | None = None) -> int:
     # rest of the robot: on two busy cores an image took 0.3 s with these and 8 s without. One core is left to ROS.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) - 1)))
-    _allocate_from_one_arena()
     # Before the imports that take seconds: an interrupt during them is remembered, not thrown at whatever runs. Later
     # on rclpy's own handler ends the spinning, and Python's would raise KeyboardInterrupt wherever it happens to be.
     interrupted: list[int] = []
@@ -84,13 +78,6 @@ def main(args: Sequence[str] | None = None) -> int:
         sys.stderr.flush()
         os._exit(code)
     return code
-
-
-def _allocate_from_one_arena() -> None:
-    """Have every thread take memory from the same place, so that what one gives back another uses: with glibc's arena
-    for each thread the process took 70 MB more, and grew for longer. To be called before there are threads."""
-    with suppress(AttributeError):  # another C library than glibc has no arenas
-        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
 
 
 class _RosLog(logging.Handler):
