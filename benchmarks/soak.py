@@ -36,6 +36,8 @@ MOST_INFERENCES = 3.0
 EARLY = 0.02
 """Seconds by which two clocks that should say the same may disagree."""
 IDS = 254
+ENDED = ("images_segmented", "images_dropped", "images_rejected")
+"""What can become of an image that was received."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,8 @@ class Plan:
     clean up, configure and activate, instead of deactivate and activate only; 0 is never.
     """
 
-    seconds: float = 660.0
-    warm_up: float = 60.0
+    seconds: float = 720.0
+    warm_up: float = 120.0
     size: tuple[int, int] = (640, 480)
     rate: float = 30.0
     id_reuse_delay: float = 60.0
@@ -105,6 +107,7 @@ class Soak:
         self._env, self._logs = env, logs
         self._stop = threading.Event()
         self._cycle = threading.Lock()  # held while the node is meant to be inactive or disabled
+        self._cycles = 0
         self._names: tuple[str, ...] = ()
         self._numbers = itertools.count(1)
         node = bench.listener.node
@@ -227,13 +230,13 @@ class Soak:
             "fresh": self._fresh(draw),
             "bad": draw.choice(("", "a\nb", "x" * 129)),
         }[kind]
-        free = not self._cycle.locked()
+        cycles, free = self._cycles, not self._cycle.locked()
         asked = time.time()
         answer = self._call("locate", name=name)
         now = time.time()
         stamp = answer.header.stamp.sec * 10**9 + answer.header.stamp.nanosec
         self._expect(
-            not answer.success if kind == "bad" else answer.success or not free or self._cycle.locked(),
+            not answer.success if kind == "bad" else answer.success or not free or self._cycles != cycles,
             f"locate {name[:40]!r} ({kind}): success {answer.success}, {answer.message}",
         )
         self.heard.located.append(
@@ -257,7 +260,7 @@ class Soak:
         node = self.bench.listener.node
         watching = node.create_subscription(Image, "segmentation/overlay", self._on_overlay, QoSProfile(depth=1))
         self._stop.wait(self.plan.overlay_every / 2)
-        node.destroy_subscription(watching)
+        self.bench.listener.give_up(watching)
         self.heard.done["overlay subscriptions"] += 1
 
     def _visit(self, number: int) -> None:
@@ -285,6 +288,7 @@ class Soak:
 
     def _disable(self, number: int) -> None:
         with self._cycle:
+            self._cycles += 1
             answer = self._call("enable", data=False)
             self._expect(answer.success, f"enable false: {answer.message}")
             self._quiet(1.0)
@@ -298,6 +302,7 @@ class Soak:
         from lifecycle_msgs.msg import Transition
 
         with self._cycle:
+            self._cycles += 1
             for label, state in (("deactivate", "inactive"), ("activate", "active")):
                 answer = self._call("change_state", transition=Transition(label=label))
                 self._expect(answer.success, f"{label} failed")
@@ -530,9 +535,8 @@ def contradictions(heard: Heard) -> list[str]:
 
 def unaccounted(heard: Heard) -> list[int]:
     """Images received but neither segmented, dropped, rejected nor failed, by each of the diagnostics."""
-    ended = ("images_segmented", "images_dropped", "images_rejected")
     return [
-        int(values["images_received"]) - sum(int(values[name]) for name in ended)
+        int(values["images_received"]) - sum(int(values[name]) for name in ENDED)
         for _, _, _, values in heard.figures
         if "images_received" in values
     ]
@@ -566,9 +570,9 @@ def judge(heard: Heard, plan: Plan) -> list[Check]:
     levels = Counter(message for _, level, message, _ in heard.figures if level == 2)
     last = heard.figures[-1][3]
     late = [
-        f"a mask came at {sent:.1f}"
-        for sent, _, _ in heard.masks
-        if any(begin < sent < end for begin, end in heard.silent)
+        f"a mask of {1e-9 * stamp:.1f} came at {sent:.1f}"
+        for sent, stamp, _ in heard.masks
+        if any(begin < 1e-9 * stamp and sent < end for begin, end in heard.silent)
     ]
     return [
         none("every answer is the right one", heard.wrong),

@@ -30,7 +30,12 @@ class Camera(harness.Process):
         line = len(self.lines)
         self._child.stdin.write(json.dumps(command) + "\n")
         self._child.stdin.flush()
-        return json.loads(self.until(lambda: self.lines[line:], f"answer to {command}", harness.LOADING)[0])
+        answer = self.until(
+            lambda: next((text for text in self.lines[line:] if text.startswith("{")), None),
+            f"answer to {command}",
+            harness.LOADING,
+        )
+        return json.loads(answer)
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +91,7 @@ def test_a_camera_a_hundred_times_too_fast_fills_neither_memory_nor_a_queue(rig,
     # Best effort: some of what was sent may never have come. What came was segmented or dropped, and nothing else.
     assert gained["images_received"] <= told["sent"]
     assert gained["images_received"] == sum(gained[name] for name in ENDS)
-    assert gained["images_segmented"] == len(masks)
+    assert gained["images_segmented"] >= len(masks)
     assert gained["images_rejected"] == 0
     assert gained["images_dropped"] > gained["images_segmented"]
     # When the camera stops, one image is under way and one waits: no queue is worked off.
