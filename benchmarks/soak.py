@@ -703,10 +703,10 @@ def soak(domain: int, plan: Plan, logs: Path, progress: Callable[[float], None] 
 
 
 def main(
-    seconds: Annotated[float, typer.Option(min=10.0)] = 660.0,
+    seconds: Annotated[float, typer.Option(min=10.0)] = 720.0,
     warm_up: Annotated[
         float, typer.Option(min=1.0, help="Seconds at the beginning that memory is not judged by.")
-    ] = 60.0,
+    ] = 120.0,
     rate: Annotated[float, typer.Option(min=0.1, help="Of the camera, images a second.")] = 30.0,
     id_reuse_delay: Annotated[float, typer.Option(min=0.0, help="The node's parameter.")] = 60.0,
     seed: Annotated[int, typer.Option(help="Of what happens.")] = 1,
