@@ -298,8 +298,10 @@ class Consumer:
         for line in sys.stdin:
             self._commands.append(json.loads(line))
             self._command.trigger()
-        rclpy.shutdown()
+        self.executor.shutdown()
         thread.join()
+        self.node.destroy_node()
+        rclpy.try_shutdown()
 
     def _spin(self) -> None:
         with suppress(ExternalShutdownException):
