@@ -44,8 +44,7 @@ ENDED = ("images_segmented", "images_dropped", "images_rejected")
 class Plan:
     """What happens for `seconds`, of which memory is not judged in the first `warm_up`; "every" is in seconds too.
 
-    rate: images a second. fresh: names in each vocabulary that were never asked for before. reload_every: deactivate,
-    clean up, configure and activate, instead of deactivate and activate only; 0 is never.
+    rate: images a second. fresh: names in each vocabulary that were never asked for before.
     """
 
     seconds: float = 720.0
@@ -86,7 +85,7 @@ class Heard:
     """Once a second, of the node's process: memory in MB, file descriptors, threads, shared memory files."""
     timings: list[np.ndarray] = field(default_factory=list)
     silent: list[tuple[float, float]] = field(default_factory=list)
-    """From when until when no image was to be segmented."""
+    """From when until when no image was to be segmented that came meanwhile."""
 
 
 class Soak:
@@ -108,7 +107,6 @@ class Soak:
         self._stop = threading.Event()
         self._cycle = threading.Lock()  # held while the node is meant to be inactive or disabled
         self._cycles = 0
-        self._names: tuple[str, ...] = ()
         self._numbers = itertools.count(1)
         node = bench.listener.node
         listener = bench.listener
@@ -196,8 +194,6 @@ class Soak:
             if draw.random() < 0.2:
                 names.append(names[0].upper())  # the same name: dropped, told
         way = number % 4
-        if len(names) <= IDS:
-            self._names = tuple(names)
         if way == 0 or not names or len(names) > IDS:
             answer = self._call("set_vocabulary", names=names)
             self._expect(
@@ -225,7 +221,7 @@ class Soak:
         draw = random.Random(f"{self.plan.seed} locate {number}")
         kind = draw.choice(("served", "served", "known", "fresh", "bad"))
         name = {
-            "served": draw.choice(self._names or KNOWN),
+            "served": draw.choice(self._told() or KNOWN),
             "known": draw.choice(KNOWN),
             "fresh": self._fresh(draw),
             "bad": draw.choice(("", "a\nb", "x" * 129)),
@@ -252,6 +248,10 @@ class Soak:
                 "found": answer.found,
             }
         )
+
+    def _told(self) -> list[str]:
+        """The names of the last LabelInfo."""
+        return [name for number, name in sorted(self.heard.infos[-1][1].items()) if number] if self.heard.infos else []
 
     def _watch_overlay(self, number: int) -> None:
         from rclpy.qos import QoSProfile
@@ -291,9 +291,11 @@ class Soak:
             self._cycles += 1
             answer = self._call("enable", data=False)
             self._expect(answer.success, f"enable false: {answer.message}")
-            self._quiet(1.0)
+            since = time.time()
+            self._stop.wait(1.0)
             found = self._call("locate", name="ball")
             self._expect(found.success, f"locate while disabled: {found.message}")
+            self.heard.silent.append((since, time.time()))
             answer = self._call("enable", data=True)
             self._expect(answer.success, f"enable true: {answer.message}")
             self._await_mask("enable")
@@ -306,24 +308,15 @@ class Soak:
             for label, state in (("deactivate", "inactive"), ("activate", "active")):
                 answer = self._call("change_state", transition=Transition(label=label))
                 self._expect(answer.success, f"{label} failed")
+                since = time.time()
                 now = self._call("get_state").current_state.label
                 self._expect(now == state, f"{now} after {label}")
                 if label == "deactivate":
                     found = self._call("locate", name="ball")
                     self._expect(not found.success, "locate found something while inactive")
-                    self._quiet(1.0)
+                    self._stop.wait(1.0)
+                    self.heard.silent.append((since, time.time()))
             self._await_mask("activate")
-
-    def _quiet(self, seconds: float) -> None:
-        """Let what is under way come out, then hear nothing for a while."""
-        limit = time.monotonic() + PATIENCE
-        while time.monotonic() < limit:
-            count, since = len(self.heard.masks), time.time()
-            self._stop.wait(seconds)
-            if len(self.heard.masks) == count:
-                self.heard.silent.append((since, time.time()))
-                return
-        self._expect(False, "masks keep coming though the node was told to be quiet")
 
     def _await_mask(self, after: str) -> None:
         count, begun = len(self.heard.masks), time.monotonic()

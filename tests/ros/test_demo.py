@@ -301,7 +301,7 @@ def test_the_player_does_not_begin_before_the_names_are_served(environment, bag)
     with listener(environment, ("background", "ladder")) as heard:
         schedule = dump_schedule([Asking(0.0, ("ball",))])
         played = subprocess.run(
-            player_command(bag, "--schedule", schedule, "--patience", "3"),
+            player_command(bag, "--schedule", schedule, "--patience", "15"),
             env=environment,
             capture_output=True,
             timeout=PATIENCE,
