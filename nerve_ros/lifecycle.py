@@ -189,6 +189,12 @@ class NerveNode(LifecycleNode):
         """Stop the worker's thread; whether it stopped within `timeout` seconds."""
         return self._worker.close(timeout)
 
+    def destroy_node(self) -> None:
+        """Give back all that DDS holds for the node; rclpy leaves the state machine, and all with it, to the garbage
+        collector."""
+        self._state_machine.destroy_when_not_in_use()
+        super().destroy_node()
+
     # The life cycle, on the executor.
 
     @_transition("configuring", "inactive")

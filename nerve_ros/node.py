@@ -21,8 +21,8 @@ THROTTLE = 5.0
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the node until SIGINT or SIGTERM; returns the exit code: 0, 2 where it cannot be started as asked, or 70
-    where it was stuck and exit_when_stuck is set."""
+    """Run the node until SIGINT or SIGTERM, then end the process. Its exit code is 0, 2 where the node cannot be started
+    as asked, or 70 where it was stuck and exit_when_stuck is set."""
     # Before torch is imported, which reads them then. Threads that spin while they wait take the processor from the
     # rest of the robot: on two busy cores an image took 0.3 s with these and 8 s without. One core is left to ROS.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -66,18 +66,19 @@ def main(args: Sequence[str] | None = None) -> int:
         if rclpy.ok():
             raise
     finally:
-        ended = node is None or node.close()
-        code = code or (node.exit_code if node is not None else 0)
-        rclpy.try_shutdown()
         # A terminal and ros2 launch both send one at Ctrl-C: the second is not to cut off the end, which gives Fast
         # DDS's shared memory back.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if not ended:
-        # A model that is still loading holds the thread, and would hold the interpreter's end too.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    return code
+        if node is not None:
+            node.close()
+            code = code or node.exit_code
+            node.destroy_node()
+        rclpy.try_shutdown()
+    # Not by the interpreter's own end: a model that is still loading would hold it, and to take torch apart took 10 s on
+    # a busy machine, of which ros2 launch waits for 5.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 class _RosLog(logging.Handler):
