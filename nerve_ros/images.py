@@ -1,25 +1,51 @@
-"""Room: numpy -> message, and the reading of messages: what nerve_core's decoder has, under the node's roof.
+"""Room: message -> numpy, and numpy -> message, for the node.
 
-`check_image` and `to_rgb` are nerve_core.encodings': a bag that is replayed without ROS gives the same pixels.
+What every cv_bridge converts alike goes through cv_bridge; what some do not know (the one on PyPI has no yuv422, no
+mono16 and no bayer_grbg8) or read wrongly (padded rows, is_bigendian with numpy 2) goes through nerve_core.encodings,
+which gives the same pixels where both can: a picture has the same mask on every installation, and in a bag that is
+replayed without ROS.
 """
 
 from __future__ import annotations
 
+import cv2
 import numpy as np
-from sensor_msgs.msg import Image
+from cv_bridge import CvBridge, CvBridgeError
+from sensor_msgs.msg import CompressedImage, Image
 from std_msgs.msg import Header
 
-from nerve_core.encodings import ACCEPTED_ENCODINGS, MAX_FRAME_ID, ImageError, check_image, to_rgb
+from nerve_core import encodings
+from nerve_core.encodings import ACCEPTED_ENCODINGS, MAX_FRAME_ID, MAX_SIDE, ImageError, check_image
 
 __all__ = [
     "ACCEPTED_ENCODINGS",
     "MAX_FRAME_ID",
+    "MAX_SIDE",
     "ImageError",
     "check_image",
     "mono8_message",
     "rgb8_message",
     "to_rgb",
 ]
+
+_BRIDGE = CvBridge()
+_BRIDGED = {"rgb8": 3, "bgr8": 3, "rgba8": 4, "bgra8": 4, "mono8": 1}
+_BRIDGED |= dict.fromkeys(("bayer_rggb8", "bayer_bggr8", "bayer_gbrg8"), 1)
+"""Encodings that every cv_bridge knows, and their bytes a pixel."""
+
+
+def to_rgb(message: Image | CompressedImage) -> np.ndarray:
+    """Read an image message: uint8 [height, width, 3] RGB; raises ImageError as `check_image` does, and for data that
+    cannot be decoded."""
+    if isinstance(message, Image) and not message.is_bigendian and message.encoding in _BRIDGED:
+        row = message.width * _BRIDGED[message.encoding]
+        if message.step == row and len(message.data) == message.height * row:
+            check_image(message)
+            try:
+                return _BRIDGE.imgmsg_to_cv2(message, "rgb8")
+            except (CvBridgeError, cv2.error) as error:
+                raise ImageError("decode", f"{message.encoding} could not be converted: {error!r}") from error
+    return encodings.to_rgb(message)
 
 
 def mono8_message(header: Header, plane: np.ndarray) -> Image:

@@ -21,8 +21,10 @@ THROTTLE = 5.0
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the node until SIGINT or SIGTERM, then end the process. Its exit code is 0, 2 where the node cannot be started
-    as asked, or 70 where it was stuck and exit_when_stuck is set."""
+    """Run the node until SIGINT or SIGTERM, then end the process.
+
+    Its exit code is 0, 2 where the node cannot be started as asked, or 70 where it was stuck (exit_when_stuck).
+    """
     # Before torch is imported, which reads them then. Threads that spin while they wait take the processor from the
     # rest of the robot: on two busy cores an image took 0.3 s with these and 8 s without. One core is left to ROS.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -74,8 +76,8 @@ def main(args: Sequence[str] | None = None) -> int:
             code = code or node.exit_code
             node.destroy_node()
         rclpy.try_shutdown()
-    # Not by the interpreter's own end: a model that is still loading would hold it, and to take torch apart took 10 s on
-    # a busy machine, of which ros2 launch waits for 5.
+    # Not by the interpreter's own end: a model that is still loading would hold it, and to take torch apart took 10 s
+    # on a busy machine, of which ros2 launch waits for 5.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

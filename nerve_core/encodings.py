@@ -1,0 +1,314 @@
+"""Room: message -> numpy: the one place that knows encodings, steps and image buffers; the node and the replay of bags
+read alike, so that a picture gives the same mask on every way and on every installation.
+
+:func:`check_image` is cheap and says whether a message can be read at all; :func:`to_rgb` reads it, by OpenCV alone. A
+message is whatever has the fields of sensor_msgs/Image (`encoding`, `height`, `width`, `step`, `is_bigendian`, `data`)
+or of sensor_msgs/CompressedImage (`format`, `data`), and a `header`, as those of rclpy and of rosbags have them.
+
+A message is a stranger's: no buffer is made and no decoder sees a byte before its size is known and bounded.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import cv2
+import numpy as np
+
+Message = Any
+"""A sensor_msgs/Image or sensor_msgs/CompressedImage, of rclpy or of rosbags."""
+
+MAX_SIDE = 16384
+"""Pixels along one side of an image, at most. Resizing a strip of a million pixels took 27 s and 9 GB."""
+
+MAX_PIXELS = 2**25
+"""Pixels of an image, at most: 8K (7680 x 4320) fits, and takes 100 MB as RGB."""
+
+MAX_SCANS = 100
+"""Passes of a JPEG over its image, at most; a usual progressive one has ten. A megabyte can hold thousands, each of
+which costs 15 ms for 8K."""
+
+MAX_FRAME_ID = 1024
+"""Characters of a header's frame_id, at most: it goes out again with every message about the image."""
+
+_MAX_SEGMENTS = 1000
+"""Parts of a JPEG before its size is told, at most; cameras write about ten."""
+
+_MAX_CHUNKS = 50_000
+"""Parts of a PNG, at most; of a large one each holds some kB."""
+
+_JPEG = b"\xff\xd8\xff"
+_PNG = b"\x89PNG\r\n\x1a\n"
+_FRAME_HEADERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+"""JPEG markers that the size follows."""
+
+
+class ImageError(ValueError):
+    """An image message cannot be read; the text says why and, where it helps, what can be.
+
+    `kind` is one word for statistics: header, encoding, size, step, data or decode.
+    """
+
+    def __init__(self, kind: str, reason: str) -> None:
+        super().__init__(reason)
+        self.kind = kind
+
+
+@dataclass(frozen=True)
+class _Encoding:
+    """How one encoding lies in a message's data and how it becomes RGB.
+
+    `convert` takes the rows, uint8 [rows, width * bytes_per_pixel], not always contiguous, and whether numbers of
+    several bytes begin with the highest; it returns uint8 [height, width, 3] RGB. There are `rows_per_height` rows of
+    data for each row of pixels.
+    """
+
+    bytes_per_pixel: int
+    convert: Callable[[np.ndarray, bool], np.ndarray]
+    even_width: bool = False
+    even_height: bool = False
+    rows_per_height: float = 1.0
+
+    def rows(self, height: int) -> int:
+        return int(height * self.rows_per_height)
+
+
+def _packed(rows: np.ndarray, channels: int) -> np.ndarray:
+    packed = np.ascontiguousarray(rows)
+    return packed if channels == 1 else packed.reshape(len(packed), -1, channels)
+
+
+def _through_opencv(rows: np.ndarray, big_endian: bool, *, code: int, channels: int = 1) -> np.ndarray:
+    return cv2.cvtColor(_packed(rows, channels), code)
+
+
+def _numbers(rows: np.ndarray, big_endian: bool) -> np.ndarray:
+    order = ">" if big_endian else "<"
+    return np.ascontiguousarray(rows).view(np.dtype(np.uint16).newbyteorder(order)).astype(np.uint16)
+
+
+def _mono16(rows: np.ndarray, big_endian: bool) -> np.ndarray:
+    values = _numbers(rows, big_endian).astype(np.uint32)
+    grey = ((values * 255 + 32767) // 65535).astype(np.uint8)
+    return cv2.cvtColor(grey, cv2.COLOR_GRAY2RGB)
+
+
+def _by(code: int, channels: int = 1) -> _Encoding:
+    return _Encoding(channels, partial(_through_opencv, code=code, channels=channels))
+
+
+def _packed_yuv(code: int) -> _Encoding:
+    return _Encoding(2, partial(_through_opencv, code=code, channels=2), even_width=True)
+
+
+def _planar_yuv(code: int) -> _Encoding:
+    convert = partial(_through_opencv, code=code)
+    return _Encoding(1, convert, even_width=True, even_height=True, rows_per_height=1.5)
+
+
+_ENCODINGS: dict[str, _Encoding] = {
+    "rgb8": _Encoding(3, lambda rows, big_endian: _packed(rows, 3)),
+    "bgr8": _by(cv2.COLOR_BGR2RGB, 3),
+    "rgba8": _by(cv2.COLOR_RGBA2RGB, 4),
+    "bgra8": _by(cv2.COLOR_BGRA2RGB, 4),
+    "mono8": _by(cv2.COLOR_GRAY2RGB),
+    "mono16": _Encoding(2, _mono16),
+    "8UC1": _by(cv2.COLOR_GRAY2RGB),
+    "8UC3": _by(cv2.COLOR_BGR2RGB, 3),
+    # OpenCV names a Bayer pattern by its second row's second and third pixels, so that rggb is its BG.
+    "bayer_rggb8": _by(cv2.COLOR_BayerBG2RGB),
+    "bayer_bggr8": _by(cv2.COLOR_BayerRG2RGB),
+    "bayer_gbrg8": _by(cv2.COLOR_BayerGR2RGB),
+    "bayer_grbg8": _by(cv2.COLOR_BayerGB2RGB),
+    "yuv422": _packed_yuv(cv2.COLOR_YUV2RGB_UYVY),
+    "yuv422_yuy2": _packed_yuv(cv2.COLOR_YUV2RGB_YUY2),
+    "nv12": _planar_yuv(cv2.COLOR_YUV2RGB_NV12),
+    "nv21": _planar_yuv(cv2.COLOR_YUV2RGB_NV21),
+}
+
+ACCEPTED_ENCODINGS: tuple[str, ...] = tuple(_ENCODINGS)
+"""Encodings of sensor_msgs/Image that are read: 8UC1 as grey, 8UC3 as BGR, mono16 linearly (65535 is white)."""
+
+
+def is_compressed(message: Message) -> bool:
+    """Whether `message` is a sensor_msgs/CompressedImage."""
+    return hasattr(message, "format")
+
+
+def check_image(message: Message) -> None:
+    """Raise ImageError where `message` cannot hold the image it says it holds. Looks at no pixel."""
+    if len(message.header.frame_id) > MAX_FRAME_ID:
+        raise ImageError(
+            "header", f"the frame_id has {len(message.header.frame_id)} characters; accepted: at most {MAX_FRAME_ID}"
+        )
+    if is_compressed(message):
+        _check_compressed(message)
+        return
+    encoding = _ENCODINGS.get(message.encoding)
+    if encoding is None:
+        raise ImageError(
+            "encoding", f"encoding {message.encoding[:40]!r} cannot be read; accepted: {', '.join(ACCEPTED_ENCODINGS)}"
+        )
+    _check_rows(message, encoding)
+
+
+def _check_rows(message: Message, encoding: _Encoding) -> None:
+    width, height = message.width, message.height
+    if (encoding.even_width and width % 2) or (encoding.even_height and height % 2):
+        sides = "width and height" if encoding.even_height else "width"
+        raise ImageError("size", f"the image is {width} x {height}; {message.encoding} needs an even {sides}")
+    row_bytes = width * encoding.bytes_per_pixel
+    if message.step < row_bytes:
+        raise ImageError(
+            "step", f"step is {message.step}; {width} pixels of {message.encoding} need at least {row_bytes} bytes"
+        )
+    needed = message.step * (encoding.rows(height) - 1) + row_bytes
+    if len(message.data) < needed:
+        raise ImageError(
+            "data",
+            f"there are {len(message.data)} bytes of data; {width} x {height} {message.encoding} with step "
+            f"{message.step} needs {needed}",
+        )
+    _check_size(width, height)
+
+
+def _check_size(width: int, height: int) -> None:
+    if width == 0 or height == 0:
+        raise ImageError("size", f"the image is {width} x {height}; accepted: at least 1 x 1")
+    if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
+        raise ImageError(
+            "size",
+            f"the image is {width} x {height}; accepted: sides of at most {MAX_SIDE} and {MAX_PIXELS} pixels in all",
+        )
+
+
+def _check_compressed(message: Message) -> None:
+    # By what the data are, never by what `format` says: only JPEG and PNG may reach OpenCV's many decoders.
+    data, told = message.data.tobytes(), message.format[:40]
+    if not data:
+        raise ImageError("data", "the compressed image is empty; accepted: JPEG, PNG")
+    if "compressedDepth" in message.format:
+        raise ImageError(
+            "encoding", f"the compressed image (format {told!r}) is one of depth, without colours; accepted: JPEG, PNG"
+        )
+    if data.startswith(_JPEG):
+        _check_jpeg(data)
+    elif data.startswith(_PNG):
+        _check_png(data)
+    else:
+        raise ImageError(
+            "encoding",
+            f"the compressed image (format {told!r}) begins with the bytes {data[:8].hex(' ')}: it is neither JPEG nor "
+            "PNG; accepted: JPEG, PNG",
+        )
+
+
+def _check_png(data: bytes) -> None:
+    """Raise ImageError where the PNG is cut off, too large, or has a part that says it is larger than the whole."""
+    if len(data) < 24 or data[12:16] != b"IHDR":
+        raise ImageError("decode", "the PNG is damaged: it does not begin with its size")
+    _check_size(*struct.unpack_from(">II", data, 16))
+    place = len(_PNG)
+    for _ in range(_MAX_CHUNKS):
+        if len(data) < place + 12:
+            raise ImageError("data", "the PNG is cut off: its end is missing")
+        length, name = struct.unpack_from(">I4s", data, place)
+        if name == b"IEND" and not length:
+            return
+        # OpenCV makes a buffer of this size before it reads on: 200 bytes took 4 GB and five seconds.
+        place += 12 + length
+    raise ImageError("decode", f"the PNG is damaged: it has more than {_MAX_CHUNKS} parts")
+
+
+def _check_jpeg(data: bytes) -> None:
+    """Raise ImageError where the JPEG is cut off, too large, or of another kind than grey or colour."""
+    place = 2
+    for _ in range(_MAX_SEGMENTS):
+        if len(data) < place + 10 or data[place] != 0xFF:
+            break
+        marker = data[place + 1]
+        if marker in _FRAME_HEADERS:
+            height, width, components = struct.unpack_from(">HHB", data, place + 5)
+            _check_size(width, height)
+            if components not in (1, 3):
+                raise ImageError("encoding", f"the JPEG has {components} channels (CMYK has 4); accepted: 1 or 3")
+            if data.count(b"\xff\xda", place) > MAX_SCANS:
+                raise ImageError("data", f"the JPEG goes over its image more than {MAX_SCANS} times; accepted: fewer")
+            # Decoders paint grey what is missing, and grey is segmented like anything else.
+            if data.rfind(b"\xff\xd9") < place:
+                raise ImageError("data", "the JPEG is cut off: its end is missing")
+            return
+        # Any number of 0xFF may stand before a marker.
+        place += 1 if marker == 0xFF else 2 + struct.unpack_from(">H", data, place + 2)[0]
+    raise ImageError("decode", "the JPEG is damaged: its size was not found")
+
+
+def to_rgb(message: Message) -> np.ndarray:
+    """The image of `message` as uint8 [height, width, 3], RGB.
+
+    May be a view of the message's data: not to be written to. Raises ImageError where it cannot be read.
+    """
+    check_image(message)
+    if is_compressed(message):
+        return _decode(message)
+    encoding = _ENCODINGS[message.encoding]
+    try:
+        image = encoding.convert(_rows(message, encoding), bool(message.is_bigendian))
+    except (cv2.error, TypeError, ValueError, KeyError) as error:
+        raise ImageError("decode", f"{message.encoding} could not be converted: {error!r}") from error
+    return image
+
+
+def _rows(message: Message, encoding: _Encoding) -> np.ndarray:
+    rows, row_bytes = encoding.rows(message.height), message.width * encoding.bytes_per_pixel
+    data = np.frombuffer(message.data, np.uint8)
+    return np.lib.stride_tricks.as_strided(data, (rows, row_bytes), (message.step, 1), writeable=False)
+
+
+_LABELS = {
+    "mono8": _Encoding(1, lambda rows, big_endian: rows),
+    "8UC1": _Encoding(1, lambda rows, big_endian: rows),
+    "mono16": _Encoding(2, _numbers),
+    "16UC1": _Encoding(2, _numbers),
+}
+"""Encodings in which an image of labels comes: one number a pixel."""
+
+
+def to_labels(message: Message) -> np.ndarray:
+    """The label of every pixel, as the image of `message` holds it: uint8 or uint16 [height, width].
+
+    Raises ImageError where it cannot be read, or is no image of one whole number a pixel.
+    """
+    if is_compressed(message):
+        check_image(message)
+        labels = cv2.imdecode(np.frombuffer(message.data, np.uint8), cv2.IMREAD_UNCHANGED)
+        if labels is None:
+            raise ImageError("decode", "the compressed labels are damaged: nothing came of them")
+        if labels.ndim != 2 or labels.dtype not in (np.uint8, np.uint16):
+            raise ImageError("encoding", "labels are in colour; accepted: PNG of one channel, 8 or 16 bits")
+        return labels
+    encoding = _LABELS.get(message.encoding)
+    if encoding is None:
+        raise ImageError(
+            "encoding", f"labels come as {message.encoding[:40]!r}; accepted: {', '.join(_LABELS)}, PNG of one channel"
+        )
+    _check_rows(message, encoding)
+    return encoding.convert(_rows(message, encoding), bool(message.is_bigendian))
+
+
+def _decode(message: Message) -> np.ndarray:
+    # The pixels as they lie: a camera's orientation tag would turn the mask away from camera_info.
+    flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+    try:
+        image = cv2.imdecode(np.frombuffer(message.data, np.uint8), flags)
+    except cv2.error as error:
+        raise ImageError("decode", f"the compressed image could not be decoded: {error.err}") from error
+    if image is None:
+        raise ImageError(
+            "decode", f"the compressed image (format {message.format[:40]!r}) is damaged: nothing came of it"
+        )
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
