@@ -1,7 +1,8 @@
 """Prompt templates, by name: what a name is put into before CLIP reads it.
 
 `imagenet80` is the set that the CLIP authors published for ImageNet (Radford et al. 2021, MIT licence), which the
-literature on open-vocabulary segmentation uses; it is part of the evaluation protocol.
+literature on open-vocabulary segmentation uses; `cliper15` is the set that CLIPer (Sun et al., arXiv 2411.13836)
+publishes for VOC and Pascal Context. Both are part of the evaluation protocol, letter for letter.
 """
 
 from __future__ import annotations
@@ -91,7 +92,30 @@ _IMAGENET = (
     "a tattoo of the {}.",
 )
 
-TEMPLATE_SETS: dict[str, tuple[str, ...]] = {"imagenet80": _IMAGENET, "photo": ("a photo of a {}.",)}
+# Some end with a full stop and some without, as published.
+_CLIPER = (
+    "a clean origami {}.",
+    "a photo of a {}.",
+    "This is a photo of a {}",
+    "There is a {} in the scene",
+    "There is the {} in the scene",
+    "a photo of a {} in the scene",
+    "a photo of a small {}.",
+    "a photo of a medium {}.",
+    "a photo of a large {}.",
+    "This is a photo of a small {}.",
+    "This is a photo of a medium {}.",
+    "This is a photo of a large {}.",
+    "There is a small {} in the scene.",
+    "There is a medium {} in the scene.",
+    "There is a large {} in the scene.",
+)
+
+TEMPLATE_SETS: dict[str, tuple[str, ...]] = {
+    "imagenet80": _IMAGENET,
+    "cliper15": _CLIPER,
+    "photo": ("a photo of a {}.",),
+}
 
 
 def template_set(chosen: str | Sequence[str]) -> tuple[str, ...]:

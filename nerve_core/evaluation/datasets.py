@@ -1,0 +1,556 @@
+"""A folder of images with truth -> images and mask labels: the sets of the protocol, and any folder in the VOC layout.
+
+What is in a folder is looked at before any model is loaded: the parts that must be there, every file of the split, and
+in a sample of the label files which of the encodings that go by the same name they hold. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ..vocabulary import Vocabulary, VocabularyError
+from .metric import IGNORED
+
+_CLASSES = Path(__file__).with_name("classes")
+_REFUSED = -1
+_SAMPLED = 64  # label files that are read when a set is opened, spread over the split
+_SURE = 20.0  # nats between the likelihoods of two encodings; 64 files of Pascal Context give some 270
+_SAME = tuple(range(256))
+
+
+class DatasetError(ValueError):
+    """A folder or a file that is not what the set needs; the message names it, and says what to do."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image and its truth. id: as the split names it, unique in the set."""
+
+    id: str
+    image: Path
+    labels: Path
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A labelled set, as `open_dataset` found it.
+
+    names: the classes as `Vocabulary` takes them, synonyms by "|"; mask label k is names[k - 1]. background: the words
+    whose win means label 0; None takes the model pair's own negatives, () has none. templates: a set of `templates.py`,
+    threshold: least probability of a label; None for both takes the pair's own. notes: what was found in the folder,
+    for a reader of the scores to know. values: the mask label of each of the 256 values that a label file can hold, -1
+    for one that it must not hold.
+    """
+
+    name: str
+    title: str
+    root: Path
+    names: tuple[str, ...]
+    background: tuple[str, ...] | None
+    templates: str | None
+    threshold: float | None
+    samples: tuple[Sample, ...]
+    notes: tuple[str, ...] = ()
+    values: tuple[int, ...] = field(default=_SAME, repr=False)
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """What to look for in every image."""
+        return Vocabulary(self.names, negatives=self.background)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The names of the mask labels 0, 1, ...: the rows of the confusion matrix."""
+        return ("background", *self.vocabulary.names)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the set's protocol overrides of `Settings`, by flat name.
+
+        A set that lists its background words is asked for those and its classes alone, without the mean of the names
+        as one more.
+        """
+        asked = {"templates": self.templates, "threshold": self.threshold}
+        exact = {} if self.background is None else {"mean_negative": False}
+        return {name: value for name, value in asked.items() if value is not None} | exact
+
+    def load(self, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
+        """One image and its truth, as stored: an orientation in EXIF is left alone, as the labels know none.
+
+        Returns uint8 [H, W, 3] RGB (a grey image three times) and uint8 [H, W] mask labels, 0 the background, 255
+        ignored. Raises DatasetError for a file that is missing, cannot be decoded, is of another size than the other,
+        or holds a value that the set's encoding has not.
+        """
+        image, raw = _read_image(sample.image), _read_labels(sample.labels)
+        if image.shape[:2] != raw.shape:
+            raise DatasetError(
+                f"{sample.labels} is {raw.shape[1]} x {raw.shape[0]} pixels, {sample.image.name} "
+                f"{image.shape[1]} x {image.shape[0]}: they must be equal, so one of them was resized or is another's"
+            )
+        labels = np.array(self.values, np.int16)[raw]
+        wrong = (labels == _REFUSED) | ((labels > len(self.names)) & (labels != IGNORED))
+        if wrong.any():
+            accepted = [k for k, label in enumerate(self.values) if label == IGNORED or 0 <= label <= len(self.names)]
+            raise DatasetError(
+                f"{sample.labels} holds the value {raw[wrong][0]} ({int(wrong.sum())} pixels are out of range): "
+                f"{self.name} has {_ranges(accepted)}"
+            )
+        return image, labels.astype(np.uint8)
+
+
+def open_dataset(name: str, root: Path | str, *, limit: int | None = None) -> Dataset:
+    """The set of a name (one of `DATASETS`) that lies in the folder `root`.
+
+    limit: the first N images of the split alone; the folder is checked for all of them.
+    Raises DatasetError for an unknown name, a part or a file that is missing, or labels in an encoding that the set
+    does not know or that cannot be told from another.
+    """
+    if name not in _SETS:
+        raise DatasetError(f"data set {name!r} is unknown; choose one of {', '.join(DATASETS)}")
+    if limit is not None and limit < 1:
+        raise DatasetError(f"the limit is {limit}; it must be 1 or more images")
+    layout, root = _SETS[name], Path(root)
+    place = _find_place(name, layout, root)
+    names, background = _read_classes(_CLASSES / layout.classes if layout.classes else place / "classes.txt")
+    ids = _read_split(layout, place)
+    images = _files(place, layout.images, ids, "images")
+    encodings, labels = _label_files(name, layout, place, ids, len(names))
+    encoding, seen, notes = _find_encoding(name, encodings, labels)
+    if layout.has_ignored and not any(IGNORED in values for values in seen):
+        notes = (*notes, f"none of {len(seen)} label files has ignored pixels, as the published ones have")
+    if layout.images_in_split not in (None, len(ids)):
+        notes = (*notes, f"{len(ids)} images, where the protocol's split has {layout.images_in_split}")
+    values = [encoding.labels.get(raw, _REFUSED) for raw in range(256)]
+    if not layout.background_counts:
+        values = [IGNORED if label == 0 else label for label in values]
+    samples = tuple(map(Sample, ids, images, labels))
+    return Dataset(
+        name=name,
+        title=layout.title,
+        root=root,
+        names=names,
+        background=background if layout.background_counts else (),
+        templates=layout.templates,
+        threshold=layout.threshold,
+        samples=samples[:limit],
+        notes=notes,
+        values=tuple(values),
+    )
+
+
+# --- the sets --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Encoding:
+    """One way in which a set's label files are written.
+
+    name: in words. files: their path, "{}" for the id. labels: mask label by raw value; no other value may occur.
+    shares: of the set's images that show a raw value, where two encodings have to be told apart by that.
+    """
+
+    name: str
+    files: str
+    labels: Mapping[int, int]
+    shares: Mapping[int, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """A set as it is published: where its files are, what they hold, and how it is asked for.
+
+    classes: file in classes/; "" for the folder's own classes.txt. places: where below the root it may lie.
+    images: patterns, the first that is there. split: the list of ids; "" takes all images in the order of their names.
+    encodings: of (number of classes), those named first are looked for first. has_ignored: whether nearly every
+    published label file has pixels of 255. background_counts: whether label 0 is a class, or ignored. look_alikes:
+    glob -> what it means that this is there and the set is not.
+    """
+
+    title: str
+    classes: str
+    places: tuple[str, ...]
+    images: tuple[str, ...]
+    split: str
+    encodings: Callable[[int], tuple[_Encoding, ...]]
+    images_in_split: int | None
+    has_ignored: bool
+    background_counts: bool
+    templates: str | None
+    threshold: float | None
+    get: str
+    look_alikes: Mapping[str, str] = field(default_factory=dict)
+
+
+def _voc_encodings(classes: int) -> tuple[_Encoding, ...]:
+    labels = {raw: raw for raw in (*range(classes + 1), IGNORED)}
+    return (_Encoding(f"indices 0 to {classes}, 255 ignored", "SegmentationClass/{}.png", labels),)
+
+
+def _context_encodings(classes: int) -> tuple[_Encoding, ...]:
+    """Both are 0 to 59 with 0 for everything else: alphabetical as mmsegmentation writes them, or in the order of the
+    authors' own 59_labels.txt. Which classes an image shows together tells them apart."""
+    lines = [line.rsplit(" ", 1) for line in _lines(_CLASSES / "pascal-context-voc-first.txt")]
+    shares = {name: int(count) / 5105 for name, count in lines}
+    alphabetical, voc_first = sorted(shares), list(shares)
+    return tuple(
+        _Encoding(
+            name,
+            "SegmentationClassContext/{}.png",
+            {0: 0} | {raw: alphabetical.index(word) + 1 for raw, word in enumerate(order, 1)},
+            {raw: shares[word] for raw, word in enumerate(order, 1)},
+        )
+        for name, order in (("alphabetical order", alphabetical), ("VOC-first order", voc_first))
+    )
+
+
+_COCO_UNUSED = (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)  # raw ids of COCO-Stuff that no class has
+
+
+def _stuff_encodings(classes: int) -> tuple[_Encoding, ...]:
+    """Train ids 0 to 170, or COCO-Stuff's own ids 0 to 181 with gaps. Under the plain name a file may hold either."""
+    train = {raw: raw + 1 for raw in range(classes)} | {IGNORED: IGNORED}
+    used = [raw for raw in range(182) if raw not in _COCO_UNUSED]
+    own = {raw: label for label, raw in enumerate(used, 1)} | {IGNORED: IGNORED}
+    return (
+        _Encoding("train ids 0 to 170", "annotations/val2017/{}_labelTrainIds.png", train),
+        _Encoding("COCO-Stuff's own ids 0 to 181", "annotations/val2017/{}.png", own),
+        _Encoding("train ids 0 to 170", "annotations/val2017/{}.png", train),
+    )
+
+
+def _object_encodings(classes: int) -> tuple[_Encoding, ...]:
+    """Things 1 to 80 over a background; or COCO-Stuff's files, of which stuff and the unlabelled become background, as
+    the converter that writes the former does."""
+    things = {raw: raw for raw in (*range(classes + 1), IGNORED)}
+    stuff = [
+        replace(
+            encoding,
+            name=f"{encoding.name}, stuff and unlabelled as background",
+            labels={raw: label if label <= classes else 0 for raw, label in encoding.labels.items()},
+        )
+        for encoding in _stuff_encodings(171)
+    ]
+    return (_Encoding("indices 0 to 80", "annotations/val2017/{}_instanceTrainIds.png", things), *stuff)
+
+
+def _ade_encodings(classes: int) -> tuple[_Encoding, ...]:
+    labels = {raw: raw for raw in range(classes + 1)}
+    return (_Encoding("indices 0 to 150", "annotations/validation/{}.png", labels),)
+
+
+_VOC = _Layout(
+    title="Pascal VOC 2012 val with background (V21)",
+    classes="voc.txt",
+    places=("", "VOC2012", "VOCdevkit/VOC2012"),
+    images=("JPEGImages/{}.jpg",),
+    split="ImageSets/Segmentation/val.txt",
+    encodings=_voc_encodings,
+    images_in_split=1449,
+    has_ignored=True,
+    background_counts=True,
+    templates="cliper15",
+    threshold=0.1,
+    get="get VOCtrainval_11-May-2012.tar from the Pascal VOC 2012 site and unpack it",
+    look_alikes={
+        "SegmentationClassAug": "SegmentationClassAug holds labels of another origin (SBD), without ignored borders",
+    },
+)
+_CONTEXT = _Layout(
+    title="Pascal Context 59 val with background (PC60)",
+    classes="pascal-context.txt",
+    places=("", "VOC2010", "VOCdevkit/VOC2010"),
+    images=("JPEGImages/{}.jpg",),
+    split="ImageSets/SegmentationContext/val.txt",
+    encodings=_context_encodings,
+    images_in_split=5105,
+    has_ignored=False,
+    background_counts=True,
+    templates="imagenet80",
+    threshold=0.1,
+    get="get VOCtrainval_03-May-2010.tar from the Pascal VOC 2010 site and trainval_merged.json of the detail API, "
+    "then run mmsegmentation's tools/dataset_converters/pascal_context.py on them",
+    look_alikes={
+        "annotations_detectron2": "annotations_detectron2 holds the labels in another form (0 to 58, 255 for the rest)",
+        "59_context_labels": "59_context_labels may be renamed to SegmentationClassContext, its order is recognised",
+    },
+)
+_STUFF = _Layout(
+    title="COCO-Stuff val2017, 171 classes (C-Stf)",
+    classes="coco-stuff.txt",
+    places=("", "coco_stuff164k"),
+    images=("images/val2017/{}.jpg",),
+    split="",
+    encodings=_stuff_encodings,
+    images_in_split=5000,
+    has_ignored=False,
+    background_counts=False,
+    templates="imagenet80",
+    threshold=0.0,
+    get="get val2017.zip from the COCO site into images/ and stuffthingmaps_trainval2017.zip from the COCO-Stuff "
+    "repository (nightrome/cocostuff) into annotations/; converting the labels is not needed",
+    look_alikes={"val2014": "val2014 holds other images than val2017"},
+)
+
+_SETS: dict[str, _Layout] = {
+    "voc21": _VOC,
+    "voc20": replace(
+        _VOC, title="Pascal VOC 2012 val, background ignored (V20)", background_counts=False, threshold=0.0
+    ),
+    "pc60": _CONTEXT,
+    "pc59": replace(
+        _CONTEXT,
+        title="Pascal Context 59 val, background ignored (PC59)",
+        background_counts=False,
+        templates="cliper15",
+        threshold=0.0,
+    ),
+    "coco-object": replace(
+        _STUFF,
+        title="COCO val2017, 80 things with background (C-Obj)",
+        classes="coco-object.txt",
+        encodings=_object_encodings,
+        background_counts=True,
+        threshold=0.1,
+    ),
+    "coco-stuff": _STUFF,
+    "ade20k": _Layout(
+        title="ADE20K validation, 150 classes (ADE)",
+        classes="ade20k.txt",
+        places=("", "ADEChallengeData2016", "ade/ADEChallengeData2016"),
+        images=("images/validation/{}.jpg",),
+        split="",
+        encodings=_ade_encodings,
+        images_in_split=2000,
+        has_ignored=False,
+        background_counts=False,
+        templates="imagenet80",
+        threshold=0.0,
+        get="get ADEChallengeData2016.zip from the MIT Scene Parsing site and unpack it",
+        look_alikes={
+            "images/ADE": "this is the full ADE20K (thousands of classes), not the challenge's 150",
+            "annotations_detectron2": "annotations_detectron2 holds the labels in another form (0 to 149, 255)",
+        },
+    ),
+    "folder": _Layout(
+        title="labelled folder",
+        classes="",
+        places=("",),
+        images=("JPEGImages/{}.jpg", "JPEGImages/{}.png"),
+        split="ImageSets/Segmentation/val.txt",
+        encodings=_voc_encodings,
+        images_in_split=None,
+        has_ignored=False,
+        background_counts=True,
+        templates=None,
+        threshold=None,
+        get="a labelled folder has classes.txt with one class a line, JPEGImages/ID.jpg or .png, "
+        "SegmentationClass/ID.png with the class's line number from 1 (0 background, 255 ignored), and the IDs in "
+        "ImageSets/Segmentation/val.txt",
+    ),
+}
+DATASETS: tuple[str, ...] = tuple(_SETS)
+"""The names that `open_dataset` knows."""
+
+
+# --- what is in the folder -------------------------------------------------------------------------------------------
+
+
+def _find_place(name: str, layout: _Layout, root: Path) -> Path:
+    """The folder below `root` that has all parts of the set, or DatasetError with what the best one lacks."""
+    if not root.is_dir():
+        raise DatasetError(f"{root} is no folder; give the folder that holds {name}: {layout.get}")
+    parts = {str(Path(pattern).parent): None for pattern in layout.images} | {layout.split: None}
+    if not layout.classes:
+        parts["classes.txt"] = None
+    labels = dict.fromkeys(str(Path(encoding.files).parent) for encoding in layout.encodings(0))
+    needed = [part for part in (*parts, *labels) if part]
+    lacks = {place: [part for part in needed if not (root / place / part).exists()] for place in layout.places}
+    best = min(layout.places, key=lambda place: len(lacks[place]))
+    if not lacks[best]:
+        return root / best
+    places = [place for place in layout.places if place]
+    also = f" (nor is it in {' or '.join(places)} there)" if places and not best else ""
+    hints = [hint for glob, hint in layout.look_alikes.items() if any((root / best).glob(glob))]
+    raise DatasetError(
+        f"{root / best} lacks {', '.join(lacks[best])}{also}: {layout.get}. "
+        + "".join(f"Note that {hint}. " for hint in hints)
+        + "Nothing is downloaded."
+    )
+
+
+def _read_split(layout: _Layout, place: Path) -> tuple[str, ...]:
+    """The ids of the split in its own order."""
+    if layout.split:
+        path = place / layout.split
+        ids = _lines(path)
+        bad = [line for line in ids if len(line.split()) != 1]
+        if bad:
+            raise DatasetError(f"{path} has the line {bad[0]!r}; it must list one id a line")
+    else:
+        path = (place / layout.images[0]).parent
+        ids = sorted(file.stem for file in path.glob(Path(layout.images[0]).name.format("*")))
+    repeated = sorted({name for name in ids if ids.count(name) > 1}) if len(set(ids)) < len(ids) else []
+    if repeated:
+        raise DatasetError(f"{path} names {repeated[0]} more than once; every image counts once")
+    if not ids:
+        raise DatasetError(f"{path} names no image; {layout.get}")
+    return tuple(ids)
+
+
+def _files(place: Path, patterns: Sequence[str], ids: Sequence[str], what: str) -> list[Path]:
+    """The file of every id by the first pattern that has one, or DatasetError with how many are missing."""
+    found = [next((path for p in patterns if (path := place / p.format(name)).is_file()), None) for name in ids]
+    missing = [name for name, path in zip(ids, found, strict=True) if path is None]
+    if missing:
+        wanted = " or ".join(str(place / pattern.format(missing[0])) for pattern in patterns)
+        raise DatasetError(f"{len(missing)} of {len(ids)} {what} are missing, the first is {wanted}")
+    return [path for path in found if path is not None]
+
+
+def _label_files(
+    name: str, layout: _Layout, place: Path, ids: Sequence[str], classes: int
+) -> tuple[list[_Encoding], list[Path]]:
+    """The label files of the first pattern under which there are any, and the encodings that go by it."""
+    encodings = layout.encodings(classes)
+    patterns = list(dict.fromkeys(encoding.files for encoding in encodings))
+    pattern = next((p for p in patterns if any((place / p.format(id)).is_file() for id in ids)), None)
+    if pattern is None:
+        hints = [hint for glob, hint in layout.look_alikes.items() if any(place.glob(glob))]
+        raise DatasetError(
+            f"{(place / patterns[0]).parent} has no label file of {name}, such as "
+            f"{' or '.join(Path(p).name.format(ids[0]) for p in patterns)}: {layout.get}"
+            + "".join(f". Note that {hint}" for hint in hints)
+        )
+    return [e for e in encodings if e.files == pattern], _files(place, [pattern], ids, "label files")
+
+
+def _find_encoding(
+    name: str, encodings: Sequence[_Encoding], files: Sequence[Path]
+) -> tuple[_Encoding, list[frozenset[int]], tuple[str, ...]]:
+    """Which encoding the label files are in, told by the values in a sample of them; those values; and what a reader
+    has to know of it."""
+    step = max(1, len(files) // _SAMPLED)
+    sampled = files[::step][:_SAMPLED]
+    seen = [frozenset(np.unique(_read_labels(path)).tolist()) for path in sampled]
+    fitting = [encoding for encoding in encodings if all(encoding.labels.keys() >= values for values in seen)]
+    if not fitting:
+        path, strange = next(
+            (path, sorted(values - encodings[0].labels.keys()))
+            for path, values in zip(sampled, seen, strict=True)
+            if values - encodings[0].labels.keys()
+        )
+        known = "; or ".join(f"{encoding.name}: {_ranges(encoding.labels)}" for encoding in encodings)
+        raise DatasetError(f"{path} holds {_ranges(strange)}, which {name} has not ({known})")
+    if len(fitting) == 1 and len(encodings) == 1:
+        return fitting[0], seen, ()
+    if len(fitting) == 1:
+        return fitting[0], seen, (f"labels are in {fitting[0].name}, told by {len(sampled)} of the files",)
+    scores = [_log_likelihood(seen, encoding) for encoding in fitting]
+    likely = sorted(zip(scores, fitting, strict=True), key=lambda pair: -pair[0])
+    sure = likely[0][0] - likely[1][0]
+    if not sure >= _SURE:
+        raise DatasetError(
+            f"the label files in {files[0].parent} fit {' and '.join(e.name for e in fitting)} alike, and "
+            f"{len(sampled)} of them do not tell which it is: scores would be meaningless. Write them anew with the "
+            f"converter that docs/evaluation.md names for {name}"
+        )
+    told = f"told from {likely[1][1].name} by which classes {len(sampled)} of the files show"
+    note = f"labels are in {likely[0][1].name}, {told} (log likelihood ratio {sure:.0f})"
+    return likely[0][1], seen, (note,)
+
+
+def _log_likelihood(seen: Sequence[frozenset[int]], encoding: _Encoding) -> float:
+    """Of which raw values each file shows, every value by itself; nats. Encodings without shares are all alike."""
+    return sum(
+        math.log(share if raw in values else 1 - share) for values in seen for raw, share in encoding.shares.items()
+    )
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def _lines(path: Path) -> list[str]:
+    """The lines of a text file that say something: without outer blanks, empty lines and comments (#)."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DatasetError(f"{path} cannot be read: {error}") from error
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def _read_classes(path: Path) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
+    """Names and background words of a class list: one class a line, synonyms by "|"; an optional first line
+    "background: word, word" (no word: none)."""
+    lines, background = _lines(path), None
+    if lines and lines[0].lower().startswith("background:"):
+        background = tuple(word.strip() for word in lines.pop(0).partition(":")[2].split(",") if word.strip())
+    try:
+        vocabulary = Vocabulary(lines, negatives=background)
+    except VocabularyError as error:
+        raise DatasetError(f"{path}: {error}") from error
+    if vocabulary.dropped:
+        raise DatasetError(f"{path} has {vocabulary.dropped[0]!r} twice; every word must stand once")
+    if not lines:
+        raise DatasetError(f"{path} names no class; it must have one class a line, synonyms by |")
+    return tuple(lines), background
+
+
+def _read_labels(path: Path) -> np.ndarray:
+    """The indices of a PNG as they are stored, uint8 [H, W]; DatasetError for anything else."""
+    with _opened(path) as image:
+        if image.format != "PNG":
+            raise DatasetError(f"{path} is {image.format}; labels must be PNG, which loses nothing")
+        # Pillow stretches grey of 1, 2 and 4 bits to 0..255 and calls it "L" all the same; its decoder's mode tells.
+        mode = image.mode if image.mode != "L" else image.tile[0][3]
+        if mode in ("RGB", "RGBA"):
+            raise DatasetError(
+                f"{path} is a PNG in {mode}; labels must be indices of 8 bits: take the original files, whose colours "
+                "are a palette over the indices, or replace every colour by its index"
+            )
+        if mode not in ("P", "L"):
+            raise DatasetError(f"{path} is a PNG of mode {mode}; labels must be 8 bits, grey or with a palette")
+        return _decoded(path, image)
+
+
+def _read_image(path: Path) -> np.ndarray:
+    """uint8 [H, W, 3] RGB of an image of 8 bits, grey or in colour."""
+    with _opened(path) as image:
+        if image.mode not in ("RGB", "L", "P"):
+            raise DatasetError(f"{path} is of mode {image.mode}; images must be RGB or grey of 8 bits")
+        return _decoded(path, image, "RGB")
+
+
+_DECODING = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+"""What Pillow raises for a file that is damaged, of another kind, or not there."""
+
+
+def _opened(path: Path) -> Image.Image:
+    try:
+        return Image.open(path)
+    except _DECODING as error:
+        raise DatasetError(f"{path} cannot be read: {error}") from error
+
+
+def _decoded(path: Path, image: Image.Image, mode: str | None = None) -> np.ndarray:
+    try:
+        return np.array(image if mode is None else image.convert(mode))
+    except _DECODING as error:
+        raise DatasetError(f"{path} cannot be decoded: {error}") from error
+
+
+def _ranges(values: Mapping[int, Any] | Sequence[int]) -> str:
+    """Whole numbers in words: "0..20, 255"."""
+    runs: list[list[int]] = []
+    for value in sorted(values):
+        if runs and value == runs[-1][1] + 1:
+            runs[-1][1] = value
+        else:
+            runs.append([value, value])
+    return ", ".join(str(first) if first == last else f"{first}..{last}" for first, last in runs)

@@ -1,0 +1,524 @@
+"""The sets of the protocol: every remap by an exact confusion matrix, and what a wrong folder or file is told."""
+
+from __future__ import annotations
+
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from generated_sets import (
+    voc_colours,
+    write_ade,
+    write_coco,
+    write_context,
+    write_files,
+    write_folder,
+    write_voc,
+)
+from nerve_core.embedded.scenes import NAMES, draw_scenes
+from nerve_core.evaluation.datasets import DATASETS, Dataset, DatasetError, open_dataset
+from nerve_core.evaluation.metric import ConfusionMatrix
+from nerve_core.settings import Settings
+from nerve_core.templates import template_set
+
+# What the raw values mean, written out here once more: (first raw value, last one, mask label of the first).
+PLAIN_20 = [(0, 20, 0), (255, 255, 255)]
+COCO_OWN_THINGS = [
+    (0, 10, 1), (12, 24, 12), (26, 27, 25), (30, 43, 27), (45, 64, 41), (66, 66, 61), (69, 69, 62), (71, 81, 63),
+    (83, 89, 74),
+]  # fmt: skip
+# The alphabetical number of each class in the order of 59_labels.txt: aeroplane, bicycle, ..., window, wood.
+VOC_FIRST = [
+    1, 6, 7, 8, 10, 12, 14, 15, 17, 20, 50, 23, 31, 34, 37, 40, 43, 49, 52, 55, 2, 3, 5, 9, 11, 13, 16, 18, 19, 21, 24,
+    25, 26, 27, 28, 29, 30, 32, 33, 35, 36, 22, 39, 46, 38, 41, 42, 44, 45, 47, 48, 4, 51, 53, 54, 56, 57, 58, 59,
+]  # fmt: skip
+CONTEXT_ALPHABETICAL = [(0, 59, 0)]
+CONTEXT_VOC_FIRST = [(0, 0, 0), *((raw, raw, label) for raw, label in enumerate(VOC_FIRST, 1))]
+VOC_FILES = {
+    "images": "JPEGImages/{}.jpg",
+    "labels": "SegmentationClass/{}.png",
+    "split": "ImageSets/Segmentation/val.txt",
+}
+CONTEXT_FILES = {
+    "images": "JPEGImages/{}.jpg",
+    "labels": "SegmentationClassContext/{}.png",
+    "split": "ImageSets/SegmentationContext/val.txt",
+}
+ADE_FILES = {"images": "images/validation/{}.jpg", "labels": "annotations/validation/{}.png"}
+
+
+def coco_files(suffix: str) -> dict[str, str]:
+    return {"images": "images/val2017/{}.jpg", "labels": f"annotations/val2017/{{}}{suffix}.png"}
+
+
+# set -> (files, table, whether a palette, files with known values that tell the encoding)
+ENCODINGS = {
+    "voc21": ("voc21", VOC_FILES, PLAIN_20, True),
+    "voc20": ("voc20", VOC_FILES, [(0, 0, 255), (1, 20, 1), (255, 255, 255)], True),
+    "pc60 alphabetical": ("pc60", CONTEXT_FILES, CONTEXT_ALPHABETICAL, False),
+    "pc60 VOC first": ("pc60", CONTEXT_FILES, CONTEXT_VOC_FIRST, False),
+    "pc59 alphabetical": ("pc59", CONTEXT_FILES, [(0, 0, 255), (1, 59, 1)], False),
+    "pc59 VOC first": ("pc59", CONTEXT_FILES, [(0, 0, 255), *CONTEXT_VOC_FIRST[1:]], False),
+    "coco-object": ("coco-object", coco_files("_instanceTrainIds"), [(0, 80, 0), (255, 255, 255)], False),
+    "coco-object own ids": (
+        "coco-object",
+        coco_files(""),
+        [*COCO_OWN_THINGS, *((raw, raw, 0) for raw in (*range(91, 182), 255))],
+        False,
+    ),
+    "coco-object train ids": (
+        "coco-object",
+        coco_files("_labelTrainIds"),
+        [(0, 79, 1), *((raw, raw, 0) for raw in (*range(80, 171), 255))],
+        False,
+    ),
+    "coco-stuff": ("coco-stuff", coco_files("_labelTrainIds"), [(0, 170, 1), (255, 255, 255)], False),
+    "coco-stuff own ids": ("coco-stuff", coco_files(""), [*COCO_OWN_THINGS, (91, 181, 81), (255, 255, 255)], False),
+    "coco-stuff train ids under the plain name": (
+        "coco-stuff",
+        coco_files(""),
+        [(0, 170, 1), (255, 255, 255)],
+        False,
+    ),
+    "ade20k": ("ade20k", ADE_FILES, [(0, 0, 255), (1, 150, 1)], False),
+}
+SIZES = [(97, 61), (61, 97), (1, 700), (700, 1), (64, 64)]
+"""(rows, columns)"""
+# Classes that Pascal Context shows together, by their alphabetical numbers: person, building, sky, tree, ground, ...
+USUAL = [
+    {0, 37, 11, 47, 53, 30}, {0, 47, 53, 29}, {37, 56, 26, 17, 50}, {11, 41, 14, 47, 53}, {0, 23, 29}, {15, 56, 49, 18},
+    {0, 29, 43, 47, 53}, {37, 34, 41, 11, 53}, {7, 47}, {37, 56, 10, 50, 38}, {57, 8, 47, 53}, {0, 31, 37, 29, 25},
+]  # fmt: skip
+
+
+def table_of(runs: list[tuple[int, int, int]]) -> dict[int, int]:
+    return {raw: label + raw - first for first, last, label in runs for raw in range(first, last + 1)}
+
+
+def noise(shape: tuple[int, int], values: list[int], rng: np.random.Generator) -> np.ndarray:
+    """Every value at least once, the rest at random."""
+    chosen = np.concatenate([values, rng.choice(values, shape[0] * shape[1] - len(values))])
+    return rng.permutation(chosen).astype(np.uint8).reshape(shape)
+
+
+def picture(shape: tuple[int, int]) -> np.ndarray:
+    return np.full((*shape, 3), 90, np.uint8)
+
+
+def usual_context(table: dict[int, int]) -> list[np.ndarray]:
+    """Label files of usual images in the encoding of `table`, raw value -> alphabetical number."""
+    raw_of = {0: 0} | {label: raw for raw, label in table.items() if label not in (0, 255)}
+    return [np.array([[raw_of[label] for label in sorted(classes)]], np.uint8) for classes in USUAL]
+
+
+@pytest.mark.parametrize("case", ENCODINGS)
+def test_every_remap_gives_exactly_the_confusion_matrix_of_its_table(case, tmp_path):
+    name, files, runs, palette = ENCODINGS[case]
+    table, rng = table_of(runs), np.random.default_rng(len(case))
+    raws = [noise(shape, sorted(table), rng) for shape in SIZES]
+    if files is CONTEXT_FILES:
+        raws += usual_context(table)
+    write_files(tmp_path, [(picture(raw.shape), raw) for raw in raws], palette=palette, **files)
+
+    found = open_dataset(name, tmp_path)
+    measured = ConfusionMatrix.of(len(found.labels))
+    expected: dict[tuple[int, int], int] = {}
+    for sample, raw in zip(found.samples, raws, strict=True):
+        _, truth = found.load(sample)
+        predicted = rng.integers(0, len(found.labels), raw.shape, dtype=np.uint8)
+        measured.add(truth, predicted)
+        for value, guess in zip(raw.ravel().tolist(), predicted.ravel().tolist(), strict=True):
+            if table[value] != 255:
+                expected[table[value], guess] = expected.get((table[value], guess), 0) + 1
+
+    rows, columns = np.nonzero(measured.counts)
+    counted = {
+        (row, column): int(measured.counts[row, column])
+        for row, column in zip(rows.tolist(), columns.tolist(), strict=True)
+    }
+    assert counted == expected
+
+
+def test_the_order_of_both_context_encodings_is_that_of_the_published_lists(tmp_path):
+    found = open_dataset("pc60", write_context(tmp_path, draw_scenes(0, 12, size=(97, 61))))
+    assert found.labels[37] == "person"
+    assert found.labels[47] == "sky"
+    assert sorted(found.labels[1:]) == list(found.labels[1:])
+    assert [VOC_FIRST[raw - 1] for raw in (1, 15, 20, 21, 50, 59)] == [
+        found.labels.index(word) for word in ("aeroplane", "person", "tvmonitor", "bag", "sky", "wood")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "queries", "templates", "threshold"),
+    [
+        ("voc21", 20, 56, "cliper15", 0.1),
+        ("voc20", 20, 30, "cliper15", 0.0),
+        ("pc60", 59, 60, "imagenet80", 0.1),
+        ("pc59", 59, 59, "cliper15", 0.0),
+        ("coco-object", 80, 113, "imagenet80", 0.1),
+        ("coco-stuff", 171, 171, "imagenet80", 0.0),
+        ("ade20k", 150, 150, "imagenet80", 0.0),
+    ],
+)
+def test_every_set_is_asked_for_as_its_protocol_says(name, classes, queries, templates, threshold, tmp_path):
+    write = {"v": write_voc, "p": write_context, "c": write_coco, "a": write_ade}[name[0]]
+    found = open_dataset(name, write(tmp_path, draw_scenes(0, 16, size=(48, 64))))
+    vocabulary = found.vocabulary
+    assert len(vocabulary) == classes == len(found.labels) - 1
+    assert sum(map(len, vocabulary.synonyms)) + len(vocabulary.negatives) == queries
+    assert found.settings == {"templates": templates, "threshold": threshold, "mean_negative": False}
+    assert Settings().replaced(found.settings).clip.templates == templates
+    assert len(set(template_set(templates))) == int(templates[-2:])
+
+
+def test_context_is_told_apart_from_either_encoding_of_the_same_scenes(tmp_path):
+    scenes = list(draw_scenes(5, 12, size=(97, 61)))
+    sets = {
+        order: open_dataset("pc60", write_context(tmp_path / order, scenes, order=order))
+        for order in ("alphabetical", "voc-first")
+    }
+    assert "alphabetical order, told from VOC-first" in sets["alphabetical"].notes[0]
+    assert "VOC-first order, told from alphabetical" in sets["voc-first"].notes[0]
+    for one, other in zip(sets["alphabetical"].samples, sets["voc-first"].samples, strict=True):
+        first, second = sets["alphabetical"].load(one)[1], sets["voc-first"].load(other)[1]
+        assert np.array_equal(first, second)
+        assert first.any()
+
+
+def test_coco_scores_the_same_from_any_of_its_files(tmp_path):
+    scenes = list(draw_scenes(3, 16, size=(61, 97)))
+    roots = {files: write_coco(tmp_path / files, scenes, files=files) for files in ("own", "train", "things")}
+    things = [open_dataset("coco-object", root) for root in roots.values()]
+    stuff = [open_dataset("coco-stuff", roots[files]) for files in ("own", "train")]
+    for sets in (things, stuff):
+        truths = [[found.load(sample)[1] for sample in found.samples] for found in sets]
+        assert all(np.array_equal(a, b) for a, b in zip(truths[0], truths[-1], strict=True))
+    assert "COCO-Stuff's own ids" in stuff[0].notes[0]
+    with pytest.raises(DatasetError, match=r"has no label file of coco-stuff.*_labelTrainIds.png or .*\.png"):
+        open_dataset("coco-stuff", roots["things"])
+
+
+def test_a_folder_of_scenes_gives_them_back(tmp_path):
+    scenes = list(draw_scenes(1, 3, size=(97, 61)))
+    found = open_dataset("folder", write_folder(tmp_path, scenes))
+    assert found.labels == ("background", *NAMES)
+    assert (found.background, found.templates, found.threshold, found.settings) == (None, None, None, {})
+    for sample, scene in zip(found.samples, scenes, strict=True):
+        image, labels = found.load(sample)
+        assert np.array_equal(image, scene.image)
+        assert np.array_equal(labels, scene.labels)
+
+
+def test_a_class_that_no_image_shows_has_no_score(tmp_path):
+    found = open_dataset("voc21", write_voc(tmp_path, draw_scenes(2, 3, size=(60, 80), names=("person", "bottle"))))
+    matrix = ConfusionMatrix.of(21)
+    for sample in found.samples:
+        _, truth = found.load(sample)
+        assert (truth == 255).any()
+        matrix.add(truth, np.where(truth == 255, 0, truth))
+    shown = np.flatnonzero(~np.isnan(matrix.iou()))
+    assert [found.labels[k] for k in shown] == ["background", "bottle", "person"]
+    assert matrix.mean_iou() == 1
+
+
+def test_classes_may_have_synonyms_and_background_words_of_their_own(tmp_path):
+    scenes = list(draw_scenes(0, 1, size=(32, 32), names=("ball",)))
+    classes = ["# mine", "", *NAMES[:-1], "cross|red cross"]
+    words = open_dataset("folder", write_folder(tmp_path / "a", scenes, classes=classes, background="wall, brick wall"))
+    assert words.vocabulary.negatives == ("wall", "brick wall")
+    assert words.vocabulary.synonyms[-1] == ("cross", "red cross")
+    assert words.settings == {"mean_negative": False}
+    none = open_dataset("folder", write_folder(tmp_path / "b", scenes, background=""))
+    assert none.vocabulary.negatives == ()
+
+
+def test_images_may_be_grey_or_turned_and_stay_as_they_are_stored(tmp_path):
+    root = write_folder(tmp_path, draw_scenes(0, 2, size=(40, 60)))
+    first, second = sorted((root / "JPEGImages").iterdir())
+    grey = np.random.default_rng(0).integers(0, 255, (40, 60), np.uint8)
+    Image.fromarray(grey).save(first.with_suffix(".png"))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    second.unlink()
+    Image.fromarray(np.repeat(grey[..., None], 3, 2)).save(second.with_suffix(".jpg"), exif=exif, quality=100)
+    found = open_dataset("folder", root)
+    image, _ = found.load(found.samples[0])
+    assert np.array_equal(image, np.repeat(grey[..., None], 3, 2))
+    turned, _ = found.load(found.samples[1])
+    assert turned.shape == (40, 60, 3)
+    assert np.abs(turned[..., 0].astype(int) - grey).max() < 16
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_indices_with_a_palette_are_read_as_they_are_at_any_depth(bits, tmp_path):
+    root = write_folder(tmp_path, draw_scenes(0, 1, size=(32, 33)))
+    raw = np.random.default_rng(bits).integers(0, min(2**bits, 15), (32, 33), np.uint8)
+    indices = Image.fromarray(raw)
+    indices.putpalette(voc_colours()[: 3 * 2**bits])
+    path = next((root / "SegmentationClass").iterdir())
+    indices.save(path, bits=bits)
+    assert path.read_bytes()[24] == bits
+    found = open_dataset("folder", root)
+    assert np.array_equal(found.load(found.samples[0])[1], raw)
+
+
+def test_the_split_keeps_its_own_order_and_the_limit_takes_its_first(tmp_path):
+    root = write_voc(tmp_path, draw_scenes(0, 5, size=(32, 32)))
+    ids = [f"2008_{k:06d}" for k in (3, 0, 4, 1, 2)]
+    (root / "ImageSets/Segmentation/val.txt").write_text("\n".join(ids) + "\n\n")
+    assert [sample.id for sample in open_dataset("voc20", root).samples] == ids
+    found = open_dataset("voc20", root, limit=2)
+    assert [sample.id for sample in found.samples] == ids[:2]
+    assert "5 images, where the protocol's split has 1449" in found.notes
+
+
+@pytest.mark.parametrize("depth", ["VOCdevkit", "VOC2012"])
+def test_a_set_is_found_where_its_archive_unpacks_it(depth, tmp_path):
+    write_voc(tmp_path / "VOCdevkit" / "VOC2012", draw_scenes(0, 1, size=(32, 32)))
+    root = tmp_path if depth == "VOCdevkit" else tmp_path / "VOCdevkit"
+    assert len(open_dataset("voc21", root).samples) == 1
+
+
+def test_labels_of_voc_without_ignored_borders_are_noted(tmp_path):
+    scenes = list(draw_scenes(0, 2, size=(48, 48)))
+    assert not any("ignored pixels" in note for note in open_dataset("voc21", write_voc(tmp_path / "a", scenes)).notes)
+    write_files(tmp_path / "b", [(picture((4, 4)), np.zeros((4, 4), np.uint8))], palette=True, **VOC_FILES)
+    notes = open_dataset("voc21", tmp_path / "b").notes
+    assert "none of 1 label files has ignored pixels, as the published ones have" in notes
+
+
+def test_opening_a_set_loads_no_model_library(tmp_path):
+    write_folder(tmp_path, draw_scenes(0, 1, size=(32, 32)))
+    script = (
+        "import sys; from nerve_core.evaluation.datasets import open_dataset; "
+        f"open_dataset('folder', {str(tmp_path)!r}); sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", script], timeout=300).returncode == 0
+
+
+# --- what is wrong, and what is said of it ---------------------------------------------------------------------------
+
+
+def damaged_folder(root: Path, damage) -> Path:
+    """A labelled folder with two images, the first of which something was done to: damage(image file, label file)."""
+    write_folder(root, draw_scenes(0, 2, size=(32, 48)))
+    damage(root / "JPEGImages/2008_000000.png", root / "SegmentationClass/2008_000000.png")
+    return root
+
+
+def save(array: np.ndarray, **options):
+    return lambda image, labels: Image.fromarray(array).save(labels, **options)
+
+
+def cut(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+def break_chunk(path: Path) -> None:
+    """A grey PNG whose pixels are said to end before they do."""
+    Image.fromarray(np.zeros((32, 48), np.uint8)).save(path)
+    content = bytearray(path.read_bytes())
+    assert content[37:41] == b"IDAT"
+    content[36] = 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (save(np.zeros((32, 48, 3), np.uint8)), r"2008_000000\.png is a PNG in RGB.*indices.*palette"),
+        (save(np.zeros((32, 48, 4), np.uint8)), r"PNG in RGBA"),
+        (save(np.zeros((32, 48), np.uint16)), r"PNG of mode I.*8 bits"),
+        (save(np.zeros((32, 48), bool)), r"PNG of mode 1;"),
+        # Pillow reads these as 8 bits, stretched to 0..255, so that index 1 would become 17.
+        (save(np.ones((32, 48), np.uint8), bits=4), r"PNG of mode L;4.*8 bits"),
+        (save(np.zeros((32, 48), np.uint8), format="JPEG"), r"is JPEG; labels must be PNG"),
+        (save(np.full((32, 48), 15, np.uint8)), r"2008_000000\.png holds 15, which folder has not .*0\.\.14, 255"),
+        (save(np.full((32, 48), 254, np.uint8)), r"holds 254"),
+        (lambda image, labels: cut(labels), r"SegmentationClass.*2008_000000\.png cannot be (read|decoded)"),
+        (lambda image, labels: labels.unlink(), r"1 of 2 label files are missing, the first is .*2008_000000\.png"),
+        (lambda image, labels: image.unlink(), r"1 of 2 images are missing, .*000000\.jpg or .*000000\.png"),
+        (lambda image, labels: labels.write_bytes(b""), r"2008_000000\.png cannot be read"),
+        (lambda image, labels: break_chunk(labels), r"2008_000000\.png cannot be decoded"),
+    ],
+    ids=[
+        "rgb",
+        "rgba",
+        "16 bit",
+        "1 bit",
+        "4 bit",
+        "jpeg",
+        "class",
+        "254",
+        "cut",
+        "no labels",
+        "no image",
+        "empty",
+        "chunk",
+    ],
+)
+def test_a_wrong_file_is_named_when_the_set_is_opened(damage, said, tmp_path):
+    root = damaged_folder(tmp_path, damage)
+    with pytest.raises(DatasetError, match=said):
+        open_dataset("folder", root)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda image, labels: save(np.zeros((32, 47), np.uint8))(image, labels), r"is 47 x 32 pixels.* 48 x 32"),
+        (lambda image, labels: cut(image), r"JPEGImages.*2008_000000\.png cannot be decoded"),
+        (
+            lambda image, labels: Image.fromarray(np.zeros((32, 48), np.uint16)).save(image),
+            r"is of mode I.*; images must be",
+        ),
+        (lambda image, labels: image.write_bytes(b"text"), r"2008_000000\.png cannot be read"),
+    ],
+    ids=["size", "cut", "16 bit", "text"],
+)
+def test_a_wrong_file_is_named_when_it_is_read(damage, said, tmp_path):
+    found = open_dataset("folder", damaged_folder(tmp_path, damage))
+    with pytest.raises(DatasetError, match=said):
+        found.load(found.samples[0])
+    found.load(found.samples[1])
+
+
+def test_a_value_that_the_sample_of_files_did_not_show_is_refused_when_read(tmp_path):
+    found = open_dataset("folder", write_folder(tmp_path, draw_scenes(0, 1, size=(32, 48))))
+    changed = np.zeros((32, 48), np.uint8)
+    changed[3, 4:9] = 77
+    Image.fromarray(changed).save(found.samples[0].labels)
+    with pytest.raises(DatasetError, match=r"holds the value 77 \(5 pixels .*folder has 0\.\.14, 255"):
+        found.load(found.samples[0])
+
+
+def test_an_image_that_claims_to_be_huge_is_refused_like_a_damaged_one(tmp_path, monkeypatch):
+    found = open_dataset("folder", write_folder(tmp_path, draw_scenes(0, 1, size=(32, 48))))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 700)
+    with pytest.raises(DatasetError, match=r"JPEGImages.*2008_000000\.png cannot be read"):
+        found.load(found.samples[0])
+
+
+def test_a_set_made_by_hand_takes_labels_as_they_are_and_no_more_than_it_has_names(tmp_path):
+    root = write_folder(tmp_path, draw_scenes(0, 2, size=(32, 48)))
+    Image.fromarray(np.full((32, 48), 3, np.uint8)).save(root / "SegmentationClass/2008_000001.png")
+    samples = open_dataset("folder", root).samples
+    names = ("one", "two|deux")
+    mine = Dataset("mine", "Mine", root, names, None, None, None, samples)
+    with pytest.raises(DatasetError, match=r"holds the value 3 \(1536 pixels .*mine has 0\.\.2, 255"):
+        mine.load(samples[1])
+    Image.fromarray(np.array([[0, 1, 2, 255]] * 4, np.uint8)).save(samples[1].labels)
+    Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(samples[1].image)
+    assert mine.load(samples[1])[1].tolist() == [[0, 1, 2, 255]] * 4
+    assert mine.labels == ("background", "one", "two")
+
+
+@pytest.mark.parametrize(
+    ("name", "files", "raws", "said"),
+    [
+        ("voc21", VOC_FILES, [[[0, 21]]], r"holds 21, which voc21 has not"),
+        ("pc60", CONTEXT_FILES, [[[0, 60]]], r"holds 60"),
+        ("pc59", CONTEXT_FILES, [[[3, 255]]], r"holds 255, which pc59 has not .*alphabetical.*VOC-first"),
+        ("pc60", CONTEXT_FILES, [[[0, 1]]], r"fit alphabetical order and VOC-first order alike.*do not tell"),
+        ("coco-object", coco_files("_instanceTrainIds"), [[[0, 81]]], r"holds 81"),
+        ("coco-stuff", coco_files("_labelTrainIds"), [[[0, 171]]], r"holds 171, which coco-stuff has not"),
+        ("coco-stuff", coco_files(""), [[[0, 5, 255]]], r"fit COCO-Stuff's own ids.* and train ids.* do not tell"),
+        ("coco-stuff", coco_files(""), [[[11, 181]]], r"holds 11, which"),
+        ("ade20k", ADE_FILES, [[[0, 149, 255]]], r"holds 255, which ade20k has not"),
+    ],
+)
+def test_an_encoding_that_is_another_or_cannot_be_told_is_refused(name, files, raws, said, tmp_path):
+    pairs = [(picture(np.shape(raw)), np.array(raw, np.uint8)) for raw in raws]
+    write_files(tmp_path, pairs, **files)
+    with pytest.raises(DatasetError, match=said):
+        open_dataset(name, tmp_path)
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_an_empty_folder_is_told_what_is_missing_and_where_to_get_it(name, tmp_path):
+    with pytest.raises(DatasetError, match=r"lacks .*(Images|images).*: .*Nothing is downloaded"):
+        open_dataset(name, tmp_path)
+    with pytest.raises(DatasetError, match="is no folder; give the folder that holds"):
+        open_dataset(name, tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("name", "there", "said"),
+    [
+        ("ade20k", "images/ADE/validation", "full ADE20K"),
+        ("voc21", "SegmentationClassAug", "SBD"),
+        ("pc60", "annotations_detectron2/pc59_val", "0 to 58"),
+        ("coco-stuff", "val2014", "val2017"),
+    ],
+)
+def test_a_look_alike_of_a_set_is_named(name, there, said, tmp_path):
+    (tmp_path / there).mkdir(parents=True)
+    with pytest.raises(DatasetError, match=f"lacks.*Note that .*{said}"):
+        open_dataset(name, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("path", "content", "said"),
+    [
+        ("classes.txt", "", r"classes\.txt names no class"),
+        ("classes.txt", "ball\nmug|ball\n", r"classes\.txt has 'ball' twice"),
+        ("classes.txt", "\n".join(f"thing {k}" for k in range(255)), r"classes\.txt: 255 names are too many"),
+        ("classes.txt", b"\xff\xfe\x00", r"classes\.txt cannot be read"),
+        ("ImageSets/Segmentation/val.txt", "", r"val\.txt names no image"),
+        ("ImageSets/Segmentation/val.txt", "2008_000000\n2008_000000", r"names 2008_000000 more than once"),
+        ("ImageSets/Segmentation/val.txt", "2008_000000 1", r"has the line '2008_000000 1'"),
+    ],
+)
+def test_a_wrong_list_is_named(path, content, said, tmp_path):
+    root = write_folder(tmp_path, draw_scenes(0, 1, size=(32, 32)))
+    (root / path).write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(DatasetError, match=said):
+        open_dataset("folder", root)
+
+
+def test_unknown_names_and_limits_are_refused(tmp_path):
+    with pytest.raises(DatasetError, match=re.escape(f"choose one of {', '.join(DATASETS)}")):
+        open_dataset("voc", tmp_path)
+    root = write_folder(tmp_path, draw_scenes(0, 1, size=(32, 32)))
+    with pytest.raises(DatasetError, match="limit is 0"):
+        open_dataset("folder", root, limit=0)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> tuple[Dataset, dict[Path, bytes]]:
+    root = write_folder(tmp_path_factory.mktemp("small"), draw_scenes(0, 1, size=(32, 40)))
+    found = open_dataset("folder", root)
+    return found, {path: path.read_bytes() for path in (found.samples[0].image, found.samples[0].labels)}
+
+
+@settings(max_examples=60)
+@given(seed=st.integers(0, 2**32), which=st.integers(0, 1), changes=st.integers(1, 12), keep=st.floats(0, 1))
+def test_a_damaged_file_is_refused_or_read_but_nothing_else(small, seed, which, changes, keep):
+    found, originals = small
+    path, content = list(originals.items())[which]
+    random_ = random.Random(seed)
+    damaged = bytearray(content)
+    for _ in range(changes):
+        damaged[random_.randrange(len(damaged))] = random_.randrange(256)
+    path.write_bytes(damaged[: int(keep * len(damaged)) if seed % 2 else None])
+    try:
+        image, labels = found.load(found.samples[0])
+    except DatasetError as error:
+        said = str(error)
+    else:
+        said = path.name
+        assert image.shape == (*labels.shape, 3)
+        assert image.dtype == labels.dtype == np.uint8
+    finally:
+        path.write_bytes(content)
+    assert path.name in said
