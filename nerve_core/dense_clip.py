@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _DEVIATION = (0.26862954, 0.26130258, 0.27577711)
 _GREATEST_ASPECT = 8  # a longer image is squeezed: attention costs the square of the patches
 _GRIDS_KEPT = 16
+_NEARNESS_DEVIATION = 5  # in patches, whatever the grid: NACLIP's own
 
 
 @dataclass(frozen=True)
@@ -85,10 +87,9 @@ class DenseClip:
         self._positions: dict[tuple[int, int], Tensor] = {}
         clip.vision_model = clip.visual_projection = None
         last = self.vision.encoder.layers[-1]
-        if config.head in _WITHOUT_LAST_SCORES:
-            last.self_attn.q_proj = last.self_attn.k_proj = None
-        if config.head == "cliper":
-            last.mlp = last.layer_norm2 = None
+        for unused in _UNUSED_IN_LAST[config.head]:
+            parent, _, name = unused.rpartition(".")
+            setattr(last.get_submodule(parent), name, None)
         lay_out(self.vision)
         self.projection = lay_out(nn.Sequential(self.projection))
 
@@ -115,7 +116,7 @@ class DenseClip:
         patches = embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)  # [1, patches, width]
         tokens = torch.cat([embeddings.class_embedding.expand(1, 1, -1), patches], dim=1)
         hidden = self.vision.pre_layrnorm(tokens + self.positions(grid))
-        maps, affinity = HEADS[self.config.head](self.vision.encoder.layers, hidden)
+        maps, affinity = HEADS[self.config.head](self.vision.encoder.layers, hidden, grid)
         projected = self.projection(self.vision.post_layernorm(maps[:, 1:]))
         return PatchFeatures(F.normalize(projected.float(), dim=-1), affinity, grid)
 
@@ -149,8 +150,7 @@ class DenseClip:
         return self._positions[grid]
 
 
-# --- heads: encoder layers, hidden [1, 1 + patches, width] -> maps [maps, 1 + patches, width], affinity or None
-# ---------
+# --- heads: layers, hidden [1, 1 + patches, width], grid -> maps [maps, 1 + patches, width], affinity or None ---
 
 
 def _split(attention: nn.Module, projected: Tensor) -> Tensor:
@@ -171,20 +171,65 @@ def run_layer(layer: nn.Module, hidden: Tensor) -> Tensor:
     return hidden + layer.mlp(layer.layer_norm2(hidden))
 
 
-def _vanilla(layers: nn.ModuleList, hidden: Tensor) -> tuple[Tensor, None]:
+_Grid: TypeAlias = tuple[int, int]
+
+
+def _vanilla(layers: nn.ModuleList, hidden: Tensor, grid: _Grid) -> tuple[Tensor, None]:
     """The last layer's tokens as they are."""
     for layer in layers:
         hidden = run_layer(layer, hidden)
     return hidden, None
 
 
-def _maskclip(layers: nn.ModuleList, hidden: Tensor) -> tuple[Tensor, None]:
+def _maskclip(layers: nn.ModuleList, hidden: Tensor, grid: _Grid) -> tuple[Tensor, None]:
     """The last layer attends nowhere: every token keeps its own value (MaskCLIP, arXiv 2112.01071, Sec. 3.3)."""
     for layer in layers[:-1]:
         hidden = run_layer(layer, hidden)
     last = layers[-1]
     hidden = hidden + last.self_attn.out_proj(last.self_attn.v_proj(last.layer_norm1(hidden)))
     return hidden + last.mlp(last.layer_norm2(hidden)), None
+
+
+def _before_last(layers: nn.ModuleList, hidden: Tensor, *projections: str) -> list[Tensor]:
+    """What enters the last layer, and that layer's queries, keys or values of it, [1, heads, T, size] each."""
+    for layer in layers[:-1]:
+        hidden = run_layer(layer, hidden)
+    attention, normed = layers[-1].self_attn, layers[-1].layer_norm1(hidden)
+    return [hidden, *(_split(attention, getattr(attention, name)(normed)) for name in projections)]
+
+
+def _sclip(layers: nn.ModuleList, hidden: Tensor, grid: _Grid) -> tuple[Tensor, None]:
+    """The last layer attends by what is alike in its queries and by what is alike in its keys, both with full weight:
+    softmax(q q^T / sqrt(D)) + softmax(k k^T / sqrt(D)) (SCLIP, arXiv 2312.01597)."""
+    hidden, q, k, v = _before_last(layers, hidden, "q_proj", "k_proj", "v_proj")
+    last = layers[-1]
+    hidden = hidden + _merge(last.self_attn, attend(q, q, v) + attend(k, k, v))
+    return hidden + last.mlp(last.layer_norm2(hidden)), None
+
+
+def _clearclip(layers: nn.ModuleList, hidden: Tensor, grid: _Grid) -> tuple[Tensor, None]:
+    """The last layer's attention alone, without residual and feed-forward, by its queries: softmax(q q^T / sqrt(D))
+    (ClearCLIP, arXiv 2407.12442)."""
+    _, q, v = _before_last(layers, hidden, "q_proj", "v_proj")
+    return _merge(layers[-1].self_attn, attend(q, q, v)), None
+
+
+def _naclip(layers: nn.ModuleList, hidden: Tensor, grid: _Grid) -> tuple[Tensor, None]:
+    """The last layer's attention alone, without residual and feed-forward, by its keys and by nearness:
+    softmax(k k^T / sqrt(D) + omega), omega a Gaussian of height 1 and deviation 5 patches around each patch, and 0 to
+    and from the class token (NACLIP, arXiv 2404.08181)."""
+    _, k, v = _before_last(layers, hidden, "k_proj", "v_proj")
+    omega = F.pad(_nearness(grid, k.device), (1, 0, 1, 0)).to(k.dtype)
+    return _merge(layers[-1].self_attn, F.scaled_dot_product_attention(k, k, v, attn_mask=omega)), None
+
+
+def _nearness(grid: _Grid, device: torch.device) -> Tensor:
+    """exp(-d^2 / (2 * 5^2)) of the distance d between any two patches, [patches, patches]: a product of both axes."""
+    along = []
+    for side in grid:
+        place = torch.arange(side, device=device, dtype=torch.float32)
+        along.append(torch.exp(-((place - place[:, None]) ** 2) / (2 * _NEARNESS_DEVIATION**2)))
+    return torch.kron(*along)
 
 
 def _attend_and_add(q: Tensor, k: Tensor, v: Tensor, fused: Tensor) -> Tensor:
@@ -202,7 +247,7 @@ def _attend_and_add(q: Tensor, k: Tensor, v: Tensor, fused: Tensor) -> Tensor:
     return attended
 
 
-def _cliper(layers: nn.ModuleList, hidden: Tensor) -> tuple[Tensor, Tensor]:
+def _cliper(layers: nn.ModuleList, hidden: Tensor, grid: _Grid) -> tuple[Tensor, Tensor]:
     """The last layer attends by the earlier layers' fused maps, over every layer's input (CLIPer, arXiv 2411.13836).
 
     Per head: the earlier layers' attention summed, made doubly near-stochastic, symmetric, less its column means,
@@ -239,10 +284,21 @@ def _cliper(layers: nn.ModuleList, hidden: Tensor) -> tuple[Tensor, Tensor]:
     return maps, affinity / affinity.sum(-1, keepdim=True)
 
 
-HEADS: dict[str, Callable[[nn.ModuleList, Tensor], tuple[Tensor, Tensor | None]]] = {
+HEADS: dict[str, Callable[[nn.ModuleList, Tensor, _Grid], tuple[Tensor, Tensor | None]]] = {
     "vanilla": _vanilla,
     "maskclip": _maskclip,
+    "sclip": _sclip,
+    "clearclip": _clearclip,
+    "naclip": _naclip,
     "cliper": _cliper,
 }
 """How the last layer is read, by name."""
-_WITHOUT_LAST_SCORES = ("maskclip", "cliper")
+_UNUSED_IN_LAST: dict[str, tuple[str, ...]] = {
+    "vanilla": (),
+    "maskclip": ("self_attn.q_proj", "self_attn.k_proj"),
+    "sclip": (),
+    "clearclip": ("self_attn.k_proj", "layer_norm2", "mlp"),
+    "naclip": ("self_attn.q_proj", "layer_norm2", "mlp"),
+    "cliper": ("self_attn.q_proj", "self_attn.k_proj", "layer_norm2", "mlp"),
+}
+"""Modules of the last layer that a head does not run, and that are dropped."""

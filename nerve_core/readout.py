@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+READOUTS = ("argmax", "presence_minmax", "presence_max", "minmax")
+"""What is compared at a pixel, by name: see `ReadoutConfig`."""
+_CLIPER_READOUTS = ("presence_max", "minmax")
 _CPU_BAND_VALUES = 2**19  # of resized probabilities held at once: within the cache
 _CUDA_BAND_VALUES = 2**25
 
@@ -18,9 +21,12 @@ _CUDA_BAND_VALUES = 2**25
 class ReadoutConfig:
     """When a pixel is background.
 
-    readout: "argmax", or "presence_minmax" (each class's map stretched to 0..1 and scaled by its presence, as CLIPer
-    reads its maps). threshold: least probability of a label, 0..1. presence_threshold: least presence of a class in
-    the image, 0..1. Raises ValueError.
+    readout: what is compared, one of `READOUTS`. "argmax": the probabilities. "presence_minmax": each query's map
+    stretched to 0..1, times its presence. "presence_max": each map over its maximum, times its presence; "minmax": each
+    map stretched to 0..1; in these two neither negatives nor classes under presence_threshold compete, and background
+    is what is under threshold, which must then be above 0. So CLIPer's code reads its maps: "minmax" for the 21 classes
+    of VOC, "presence_max" elsewhere. threshold: least value of a label, on the scale that is compared, 0..1.
+    presence_threshold: least presence of a class in the image, 0..1. Raises ValueError.
     """
 
     readout: str = "argmax"
@@ -28,11 +34,13 @@ class ReadoutConfig:
     presence_threshold: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.readout not in ("argmax", "presence_minmax"):
-            raise ValueError(f"readout {self.readout!r} is unknown; choose argmax or presence_minmax")
+        if self.readout not in READOUTS:
+            raise ValueError(f"readout {self.readout!r} is unknown; choose one of {', '.join(READOUTS)}")
         for name in ("threshold", "presence_threshold"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must lie in 0..1")
+        if self.readout in _CLIPER_READOUTS and self.threshold == 0:
+            raise ValueError(f"readout {self.readout!r} knows background by threshold alone; set one above 0")
 
 
 @dataclass(frozen=True)
@@ -104,19 +112,27 @@ def read_out(
 ) -> Readout:
     """Name every pixel of an image of `size` (rows, columns); never waits for the device.
 
-    G, P: float32 [N, queries], before and after the walk, N tokens of `grid`. classes: int64 [queries], the label of
-    each query, 0 for negatives. The queries of a class are merged by their maximum at each pixel, after resizing P
-    bilinearly. A pixel is background where a negative wins, where the winner is under `threshold`, or its class
-    under `presence_threshold`; of equals the lowest label wins, and background last. maps: for each map that is wanted
-    too, the queries of its class.
+    G, P: float32 [., queries], before and after the walk, P on the tokens of `grid`. classes: int64 [queries], the
+    label of each query, 0 for negatives. The queries of a class are merged by their maximum at each pixel, after
+    resizing P bilinearly. A pixel is background where a negative wins, where the winner is under `threshold`, or its
+    class under `presence_threshold`; of equals the lowest label wins, and background last. maps: for each map that is
+    wanted too, the queries of its class.
+
+    P must be >= 0. Where its rows are no distributions, as some of those that the walk is compared with leave them,
+    labels are still those of the greatest value; what is called confidence, presence and peak is then that value, no
+    probability, and confidence is cut to 0..1.
     """
     device = P.device
     found = presence(G, P)
     of_class = torch.zeros(names + 1, device=device).scatter_reduce(0, classes, found, "amax")
     peak = torch.zeros(names + 1, device=device).scatter_reduce(0, classes, P.amax(0), "amax")
-    if config.readout == "presence_minmax":
-        low, high = P.amin(0), P.amax(0)
-        P = (P - low) / (high - low).clamp_min(1e-12) * found
+    if config.readout != "argmax":
+        low = P.amin(0) if config.readout.endswith("minmax") else torch.zeros_like(found)
+        P = (P - low) / (P.amax(0) - low).clamp_min(1e-12)
+        if config.readout.startswith("presence"):
+            P = P * found
+    if config.readout in _CLIPER_READOUTS:
+        P = P * ((classes > 0) & (of_class >= config.presence_threshold)[classes])
     best = torch.empty(size, device=device)
     winner = torch.empty(size, device=device)
     # A maximum over ranks finds the winner's label several times faster than a maximum that keeps its index.

@@ -191,3 +191,71 @@ def fixed_point(S: np.ndarray, G: np.ndarray, alpha: float, steps: int) -> np.nd
 def exact(S: np.ndarray, G: np.ndarray, alpha: float) -> np.ndarray:
     """(1 - alpha) (I - alpha S)^-1 G (Eq. 3)."""
     return (1 - alpha) * np.linalg.inv(np.eye(len(S)) - alpha * S) @ G
+
+
+# --- what other systems do, from their papers' equations ---
+
+
+def self_attention(Q: np.ndarray, K: np.ndarray) -> np.ndarray:
+    """One head's map softmax(Q K^T / sqrt(D)), [N, N]."""
+    return np.array([soft_row([float(q @ k) / math.sqrt(len(q)) for k in K]) for q in Q])
+
+
+def sd_mean(Q: np.ndarray, K: np.ndarray, G: np.ndarray) -> np.ndarray:
+    """The mean over heads of each head's own product."""
+    return sum(self_attention(q, k) @ G for q, k in zip(Q, K, strict=True)) / len(Q)
+
+
+def sfsa(Q: np.ndarray, K: np.ndarray, G: np.ndarray, threshold: float, order: list[int]) -> np.ndarray:
+    """CLIPer: thresholded maps multiplied from left to right into one [N, N], then G."""
+    product = np.eye(len(G))
+    for head in order:
+        A = self_attention(Q[head], K[head])
+        M = np.zeros_like(A)
+        for j in range(len(A)):
+            top = max(A[:, j]) + 1e-5
+            for i in range(len(A)):
+                M[i, j] = A[i, j] / top if A[i, j] / top >= threshold else 0.0
+        product = product @ np.array([row / (sum(row) + 1e-5) for row in M])
+    return product @ G
+
+
+def iseg(Q: np.ndarray, K: np.ndarray, G: np.ndarray, products: int, strength: float) -> np.ndarray:
+    """iSeg: an entropy-reduced mean map, `products` times, columns spread anew each time; then to G's own peaks."""
+    A = sum(self_attention(q, k) for q, k in zip(Q, K, strict=True)) / len(Q)
+    for j in range(len(A)):
+        A[:, j] /= max(A[:, j])
+    for i, j in np.ndindex(*A.shape):
+        A[i, j] = max(0.0, A[i, j] + strength * math.log10(math.e * A[i, j])) if A[i, j] > 0 else 0.0
+    A = normalised(A)
+    P = np.zeros_like(G)
+    for c in range(G.shape[1]):
+        column = G[:, c] - min(G[:, c])
+        column /= sum(column)
+        for _ in range(products):
+            column = A @ column
+            column = column - min(column)
+            column /= sum(column)
+        P[:, c] = column / max(column) * max(G[:, c])
+    return P
+
+
+def pamr(image: np.ndarray, scores: np.ndarray, steps: int, dilations: list[int]) -> np.ndarray:
+    """Pixel-adaptive refinement of scores [C, H, W] on an image [3, H, W] of the same size, pixel by pixel."""
+    height, width = image.shape[1:]
+    for _ in range(steps):
+        refined = np.zeros_like(scores)
+        for row, column in np.ndindex(height, width):
+            places = [
+                (min(max(row + d * down, 0), height - 1), min(max(column + d * right, 0), width - 1))
+                for d in dilations
+                for down, right in NEIGHBOURS
+            ]
+            own = image[:, row, column]
+            around = np.array([image[:, y, x] for y, x in places])
+            deviation = np.array([*around, *[own] * len(dilations)]).std(0, ddof=1)
+            logits = [-float((np.abs(colour - own) / (1e-8 + 0.1 * deviation)).mean()) for colour in around]
+            for weight, (y, x) in zip(soft_row(logits), places, strict=True):
+                refined[:, row, column] += weight * scores[:, y, x]
+        scores = refined
+    return scores

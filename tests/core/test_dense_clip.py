@@ -14,6 +14,7 @@ from transformers import CLIPModel
 
 import nerve_core
 from nerve_core.dense_clip import HEADS, ClipConfig, DenseClip, PatchFeatures
+from reference import soft_row
 from small_models import outputs_of, picture, slow_bilinear, small_clip
 
 PATCH = 4
@@ -111,7 +112,72 @@ def cliper_reference(twin, pixels):
     return projected(twin, torch.from_numpy(np.stack(images))), torch.from_numpy(affinity)
 
 
-REFERENCES = {"vanilla": vanilla_reference, "maskclip": maskclip_reference, "cliper": cliper_reference}
+def last_layer(twin, pixels):
+    """What enters the last layer [T, width], and its queries, keys and values of it, a list [T, size] a head each."""
+    layers = twin.vision_model.encoder.layers
+    with outputs_of({"before last": layers[-2]}) as seen:
+        twin.vision_model(pixels, interpolate_pos_encoding=True)
+    hidden = seen["before last"]
+    hidden = (hidden[0] if isinstance(hidden, tuple) else hidden).reshape(-1, layers[0].layer_norm1.weight.numel())
+    attention, normed = layers[-1].self_attn, layer_norm(hidden.numpy(), layers[-1].layer_norm1)
+    projected = [
+        np.split(normed @ project.weight.numpy().T + project.bias.numpy(), attention.num_heads, axis=1)
+        for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+    ]
+    return hidden, *projected
+
+
+def merged(twin, heads):
+    """What the heads [T, size] found, through the last layer's output projection."""
+    project = twin.vision_model.encoder.layers[-1].self_attn.out_proj
+    return torch.from_numpy(np.concatenate(heads, 1) @ project.weight.numpy().T + project.bias.numpy())
+
+
+def sclip_reference(twin, pixels):
+    hidden, Q, K, V = last_layer(twin, pixels)
+    heads = [(soft_rows(scaled(q, q)) + soft_rows(scaled(k, k))) @ v for q, k, v in zip(Q, K, V, strict=True)]
+    last = twin.vision_model.encoder.layers[-1]
+    hidden = hidden + merged(twin, heads)
+    return projected(twin, hidden + last.mlp(last.layer_norm2(hidden)))[None], None
+
+
+def clearclip_reference(twin, pixels):
+    _, Q, _, V = last_layer(twin, pixels)
+    heads = [soft_rows(scaled(q, q)) @ v for q, v in zip(Q, V, strict=True)]
+    return projected(twin, merged(twin, heads))[None], None
+
+
+def naclip_reference(twin, pixels):
+    """The Gaussian patch by patch: exp(-distance^2 / 50), nothing to and from the class token."""
+    _, _, K, V = last_layer(twin, pixels)
+    columns = pixels.shape[-1] // PATCH
+    omega = np.zeros((len(K[0]), len(K[0])))
+    for i, j in np.ndindex(len(omega) - 1, len(omega) - 1):
+        down, right = i // columns - j // columns, i % columns - j % columns
+        omega[1 + i, 1 + j] = math.exp(-(down**2 + right**2) / 50)
+    heads = [soft_rows(scaled(k, k) + omega) @ v for k, v in zip(K, V, strict=True)]
+    return projected(twin, merged(twin, heads))[None], None
+
+
+def scaled(q, k):
+    """q k^T / sqrt(size), pair by pair."""
+    return np.array([[math.fsum(a * b for a, b in zip(x, y, strict=True)) for y in k] for x in q]) / math.sqrt(
+        len(q[0])
+    )
+
+
+def soft_rows(scores):
+    return np.array([soft_row(list(row)) for row in scores])
+
+
+REFERENCES = {
+    "vanilla": vanilla_reference,
+    "maskclip": maskclip_reference,
+    "sclip": sclip_reference,
+    "clearclip": clearclip_reference,
+    "naclip": naclip_reference,
+    "cliper": cliper_reference,
+}
 
 
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
@@ -348,7 +414,7 @@ def test_cliper_needs_two_layers_and_says_so():
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"head": "sclip2"}, "vanilla, maskclip, cliper"),
+        ({"head": "sclip2"}, "vanilla, maskclip, sclip, clearclip, naclip, cliper"),
         ({"short_side": 0}, "short_side"),
         ({"logit_scale": 0}, "logit_scale"),
         ({"logit_scale": -1.0}, "logit_scale"),

@@ -35,6 +35,14 @@ def slow_read_out(G, P, classes, names, grid, size, config):
         scores = np.stack(
             [(P[:, q] - P[:, q].min()) / (P[:, q].max() - P[:, q].min()) * found[q] for q in range(queries)], 1
         )
+    elif config.readout == "presence_max":
+        scores = np.stack([P[:, q] / P[:, q].max() * found[q] for q in range(queries)], 1)
+    elif config.readout == "minmax":
+        scores = np.stack([(P[:, q] - P[:, q].min()) / (P[:, q].max() - P[:, q].min()) for q in range(queries)], 1)
+    if config.readout in ("presence_max", "minmax"):  # only what was found competes
+        for q, label in enumerate(classes):
+            if label == 0 or present[label - 1] < config.presence_threshold:
+                scores[:, q] = 0
     planes = np.stack([slow_bilinear(scores[:, q].reshape(grid), size) for q in range(queries)])
     labels, sure, clear = (np.zeros(size) for _ in range(3))
     for row, column in np.ndindex(*size):
@@ -44,7 +52,9 @@ def slow_read_out(G, P, classes, names, grid, size, config):
         order = np.sort(of_label)[::-1]
         label, best = int(of_label.argmax()), order[0]
         sure[row, column] = best * 255
-        clear[row, column] = min(best - order[1] if names else 1, abs(best - config.threshold))
+        clear[row, column] = abs(best - config.threshold)
+        if best >= config.threshold and names:
+            clear[row, column] = min(clear[row, column], best - order[1])
         if best < config.threshold or (label and present[label - 1] < config.presence_threshold):
             label = 0
         labels[row, column] = label
@@ -57,7 +67,7 @@ def assert_as_slow(G, P, classes, names, grid, size, config):
     assert ours.labels.dtype == ours.confidence.dtype == torch.uint8
     assert tuple(ours.labels.shape) == tuple(ours.confidence.shape) == size
     decided = clear > 1e-5
-    assert decided.mean() > 0.9
+    assert decided.mean() > 0.9 or config.readout == "minmax"  # whose maps all have 0 and 1 somewhere
     np.testing.assert_array_equal(ours.labels.numpy()[decided], labels[decided])
     np.testing.assert_allclose(ours.confidence.numpy(), sure, rtol=0, atol=0.5 + 1e-3)  # rounded to the nearest
     np.testing.assert_allclose(ours.presence.numpy(), present, rtol=0, atol=1e-6)
@@ -110,13 +120,17 @@ def assert_counted(read, names):
     classes=st.lists(st.integers(0, 3), min_size=1, max_size=7),
     threshold=st.sampled_from([0.0, 0.0, 0.35, 0.6, 1.0]),
     presence_threshold=st.sampled_from([0.0, 0.0, 0.5, 0.8]),
-    kind=st.sampled_from(["argmax", "argmax", "presence_minmax"]),
+    kind=st.sampled_from(["argmax", "argmax", "presence_minmax", "presence_max", "minmax"]),
     seed=st.integers(0, 99),
 )
 def test_every_pixel_is_read_as_by_a_loop_over_pixels(grid, size, classes, threshold, presence_threshold, kind, seed):
     tokens = grid[0] * grid[1]
-    if kind == "presence_minmax" and tokens == 1:
+    if kind.endswith("minmax") and (tokens == 1 or len(classes) == 1):
         kind = "argmax"  # a map of one value has no spread
+    if kind in ("presence_max", "minmax"):
+        threshold = min(threshold or 0.2, 0.9)  # 1 is what many a pixel has there
+    if len(classes) == 1:
+        threshold = min(threshold, 0.9)  # of one query every probability is 1
     G, P = (probabilities(tokens, len(classes), seed + k) for k in (0, 1000))
     config = ReadoutConfig(kind, threshold, presence_threshold)
     assert_as_slow(G, P, classes, 3, grid, size, config)
@@ -272,9 +286,24 @@ def test_presence_minmax_of_a_flat_map_is_zero_and_never_wins():
 
 
 @pytest.mark.parametrize(
+    ("kind", "labels", "confidence"),
+    [("presence_max", [2, 0, 1], [51, 38, 102]), ("minmax", [2, 2, 1], [255, 128, 255])],
+)
+def test_as_cliper_reads_its_maps_neither_negatives_nor_what_was_not_found_stand_in_the_way(kind, labels, confidence):
+    P = torch.tensor([[0.10, 0.20, 0.70, 0.00], [0.05, 0.15, 0.75, 0.05], [0.40, 0.10, 0.50, 0.00]])
+    classes = torch.tensor([1, 2, 0, 3])
+    config = ReadoutConfig(kind, threshold=0.19, presence_threshold=0.1)
+    read = read_out(P, P, classes, 3, (1, 3), (1, 3), config)
+    assert read.labels.tolist() == [labels]
+    assert read.confidence.tolist() == [confidence]
+
+
+@pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"readout": "max"}, "argmax or presence_minmax"),
+        ({"readout": "max"}, "choose one of argmax, presence_minmax, presence_max, minmax"),
+        ({"readout": "minmax"}, "'minmax' knows background by threshold alone; set one above 0"),
+        ({"readout": "presence_max", "presence_threshold": 0.5}, "set one above 0"),
         ({"threshold": -0.1}, "threshold is -0.1"),
         ({"threshold": 1.1}, "0..1"),
         ({"threshold": math.nan}, "threshold is nan"),
