@@ -56,6 +56,16 @@ def overlay(
     return drawn
 
 
+def hatch_ignored(picture: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """The picture with what is ignored in grey with slanted lines, so that it is not taken for a class.
+
+    picture: uint8 [H, W, 3]. labels: uint8 [H, W]; 255 is ignored. Returns uint8 [H, W, 3].
+    """
+    slant = np.add.outer(np.arange(labels.shape[0]), np.arange(labels.shape[1])) % 8 < 2
+    hatched = np.where(slant[:, :, None], np.uint8(190), np.uint8(110))
+    return np.where((labels == UNLABELLED)[:, :, None], hatched, picture)
+
+
 def _draw_legend(picture: np.ndarray, labels: Sequence[int], names: Sequence[str]) -> None:
     """List names with their colours at the top left, as many as there is room for."""
     if not labels:
