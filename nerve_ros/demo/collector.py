@@ -66,14 +66,15 @@ class Heard:
 
 
 class Collector:
-    """A ROS node `nerve_demo` that listens on a thread of its own. Close it when done."""
+    """A ROS node `nerve_demo` that listens on a thread of its own to the node in `namespace`. Close it when done."""
 
-    def __init__(self) -> None:
+    def __init__(self, namespace: str = "/") -> None:
         rclpy.init(args=[], signal_handler_options=SignalHandlerOptions.NO)
         self._lock = threading.Lock()
         self._heard = Heard()
         self._asked_state = None
-        self._node = rclpy.create_node("nerve_demo")
+        self._node = rclpy.create_node("nerve_demo", namespace=namespace)
+        self._named = f"{namespace.strip('/')}/{NODE}:".lstrip("/")
         subscribe = self._node.create_subscription
         subscribe(Image, "segmentation/mask", self._on_mask, _DEEP)
         subscribe(Image, "segmentation/confidence", self._on_confidence, _DEEP)
@@ -129,7 +130,7 @@ class Collector:
 
     def _on_diagnostics(self, message: DiagnosticArray) -> None:
         for status in message.status:
-            if status.name.startswith(f"{NODE}:"):
+            if status.name.startswith(self._named):
                 with self._lock:
                     self._heard.values = {entry.key: entry.value for entry in status.values}
                     self._heard.level = ord(status.level)

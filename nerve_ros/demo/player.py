@@ -41,7 +41,7 @@ SETTLE = 0.5
 """Seconds between the first sign of a subscription and the first image: discovery has two sides."""
 
 _LATCHED = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL)
-_CAMERA = QoSProfile(depth=1, reliability=ReliabilityPolicy.BEST_EFFORT, durability=DurabilityPolicy.VOLATILE)
+CAMERA = QoSProfile(depth=1, reliability=ReliabilityPolicy.BEST_EFFORT, durability=DurabilityPolicy.VOLATILE)
 
 
 class PlayerError(RuntimeError):
@@ -51,11 +51,11 @@ class PlayerError(RuntimeError):
 class Player:
     """A ROS node `nerve_player`: publishes image, camera_info and vocabulary, hears segmentation/label_info."""
 
-    def __init__(self, output: TextIO) -> None:
+    def __init__(self, output: TextIO, namespace: str = "/") -> None:
         self._output = output
-        self._node = rclpy.create_node("nerve_player")
-        self._image = self._node.create_publisher(Image, "image", _CAMERA)
-        self._camera_info = self._node.create_publisher(CameraInfo, "camera_info", _CAMERA)
+        self._node = rclpy.create_node("nerve_player", namespace=namespace)
+        self._image = self._node.create_publisher(Image, "image", CAMERA)
+        self._camera_info = self._node.create_publisher(CameraInfo, "camera_info", CAMERA)
         self._vocabulary = self._node.create_publisher(Vocabulary, "vocabulary", _LATCHED)
         self._classes: set[str] = set()
         self._node.create_subscription(LabelInfo, "segmentation/label_info", self._on_label_info, _LATCHED)
@@ -75,10 +75,11 @@ class Player:
         """Return when a node takes images and serves `asking`. Raises PlayerError after `patience` seconds."""
         wanted = {name.casefold() for name in asking.names}
         deadline = time.monotonic() + patience
-        while not (wanted <= self._classes and self._image.get_subscription_count()):
+        # One class more is the background, whatever it is called.
+        while not (self._serves(wanted) and self._image.get_subscription_count()):
             if time.monotonic() > deadline:
                 told = f"its classes are {sorted(self._classes)}" if self._classes else "no LabelInfo came"
-                missing = "nobody takes images" if wanted <= self._classes else told
+                missing = "nobody takes images" if self._serves(wanted) else told
                 raise PlayerError(
                     f"no node took '{', '.join(asking.names)}' and images on {self._image.topic_name} within "
                     f"{patience:.0f} s; {missing}"
@@ -86,6 +87,9 @@ class Player:
             self._sleep(0.05)
         self._sleep(SETTLE)
         self._tell("ready")
+
+    def _serves(self, wanted: set[str]) -> bool:
+        return wanted <= self._classes and len(self._classes) <= len(wanted) + 1
 
     def play(self, recording: Recording, schedule: tuple[Asking, ...], rate: float) -> int:
         """Publish every image at its time, `rate` times as fast as it was filmed; how many images went out.

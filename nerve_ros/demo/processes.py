@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import json
 import os
 import signal
 import subprocess
@@ -13,6 +14,8 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from ament_index_python.packages import get_package_prefix, get_package_share_directory
 
 DOMAINS = range(215, 232)
 """ROS domains whose ports lie above those that Linux hands out by itself, and away from everyday's low numbers."""
@@ -40,6 +43,28 @@ def own_domain() -> Iterator[int]:
     raise RuntimeError(f"{len(DOMAINS)} demonstrations run on this machine already; wait for one to end")
 
 
+def environment(domain: int | None = None) -> dict[str, str]:
+    """This process's environment for processes of ROS on this machine alone, with room for large images.
+
+    domain: ROS's; None leaves it, and how far discovery reaches, as they are.
+    """
+    made = os.environ | {"PYTHONUNBUFFERED": "1"}
+    if domain is not None:
+        made |= {"ROS_DOMAIN_ID": str(domain), "ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST"}
+    profile = str(Path(get_package_share_directory("nerve_ros")) / "config" / "fastdds.xml")
+    names = ["FASTDDS_DEFAULT_PROFILES_FILE", "FASTRTPS_DEFAULT_PROFILES_FILE"]
+    if not any(made.get(name) for name in names):
+        made |= dict.fromkeys(names[: 2 if made.get("ROS_DISTRO") == "jazzy" else 1], profile)
+    return made
+
+
+def node_command(**parameters: object) -> list[str]:
+    """What starts the node by its installed executable."""
+    executable = Path(get_package_prefix("nerve_ros")) / "lib" / "nerve_ros" / "nerve_node"
+    given = [text for name, value in parameters.items() for text in ("-p", f"{name}:={json.dumps(value)}")]
+    return [str(executable), "--ros-args", *given]
+
+
 class Child:
     """A process in a group of its own, which ends with this one, even where this one is killed.
 
@@ -63,6 +88,11 @@ class Child:
         self._reader = threading.Thread(target=self._read, daemon=True)
         if talks:
             self._reader.start()
+
+    @property
+    def pid(self) -> int:
+        """The number of the process."""
+        return self._process.pid
 
     @property
     def returncode(self) -> int | None:

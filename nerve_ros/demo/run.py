@@ -20,13 +20,13 @@ from typing import Annotated
 
 import cv2
 import typer
-from ament_index_python.packages import PackageNotFoundError, get_package_prefix, get_package_share_directory
+from ament_index_python.packages import PackageNotFoundError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from nerve_ros.demo.collector import Collector, Heard
-from nerve_ros.demo.processes import Child, own_domain
+from nerve_ros.demo.processes import Child, environment, node_command, own_domain
 from nerve_ros.demo.recording import Recording, RecordingError, read_recording
 from nerve_ros.demo.report import STAGES, Asked, Published, Report, Segmented, make_report, match
 from nerve_ros.demo.schedule import Asking, dump_schedule, schedule_of, usual_schedule
@@ -124,9 +124,9 @@ class Run:
         """Start everything, wait for it, measure and draw; the figures, and what else JSON holds."""
         options = self._options
         options.out.mkdir(parents=True, exist_ok=True)
-        env = self._environment()
+        env = environment(self._stack.enter_context(own_domain()))
         # Children first: this process has one thread still.
-        self.node = self._start("node", self._node_command(), env)
+        self.node = self._start("node", node_command(model=options.model, device=options.device), env)
         self.player = self._start("player", self._player_command(), env, talks=True)
         self._stack.callback(self.node.finish)  # so that both end at the same time
         os.environ.update(env)
@@ -141,25 +141,6 @@ class Run:
         if not segmented:
             raise DemoError(f"{len(self.played.published)} images went out and no mask came back{self._node_log()}")
         return self._results(heard, segmented)
-
-    def _environment(self) -> dict[str, str]:
-        domain = self._stack.enter_context(own_domain())
-        env = os.environ | {
-            "ROS_DOMAIN_ID": str(domain),
-            "ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST",
-            "PYTHONUNBUFFERED": "1",
-        }
-        profile = str(Path(get_package_share_directory("nerve_ros")) / "config" / "fastdds.xml")
-        names = ["FASTDDS_DEFAULT_PROFILES_FILE", "FASTRTPS_DEFAULT_PROFILES_FILE"]
-        if not any(env.get(name) for name in names):
-            env |= dict.fromkeys(names[: 2 if env.get("ROS_DISTRO") == "jazzy" else 1], profile)
-        return env
-
-    def _node_command(self) -> list[str]:
-        executable = Path(get_package_prefix("nerve_ros")) / "lib" / "nerve_ros" / "nerve_node"
-        given = {"model": self._options.model, "device": self._options.device}
-        parameters = [text for name, value in given.items() for text in ("-p", f"{name}:={json.dumps(value)}")]
-        return [str(executable), "--ros-args", *parameters]
 
     def _player_command(self) -> list[str]:
         seconds = self.recording.seconds - self.recording.interval / 2

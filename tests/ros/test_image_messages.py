@@ -8,12 +8,14 @@ import cv2
 import numpy as np
 import pytest
 from cv_bridge import CvBridge
+from rclpy.serialization import serialize_message
 from sensor_msgs.msg import CompressedImage, Image
 from std_msgs.msg import Header
 
 import pictures
 from nerve_core import encodings
 from nerve_core.encodings import MAX_PIXELS, MAX_SCANS, MAX_SIDE
+from nerve_core.replay.messages import typestore
 from nerve_ros.images import (
     ACCEPTED_ENCODINGS,
     MAX_FRAME_ID,
@@ -99,6 +101,15 @@ def test_the_pixels_are_those_of_cv_bridge(encoding, size, read):
 def test_the_pixels_of_compressed_images_are_those_of_cv_bridge(kind):
     made = compressed(encoded(kind, pictures.scene(64, 48)))
     np.testing.assert_array_equal(to_rgb(made), CvBridge().compressed_imgmsg_to_cv2(made, "rgb8"))
+
+
+@pytest.mark.parametrize("encoding", [*ACCEPTED_ENCODINGS, "jpeg", "png"])
+def test_a_message_read_from_a_bag_without_ros_gives_the_same_pixels(encoding):
+    description = {"width": 64, "height": 48, "encoding": encoding, "padding": 0 if encoding in ("jpeg", "png") else 6}
+    made = pictures.message(description, Header(frame_id="camera"))
+    kind = f"sensor_msgs/msg/{type(made).__name__}"
+    theirs = typestore().deserialize_cdr(serialize_message(made), kind)
+    np.testing.assert_array_equal(to_rgb(theirs), to_rgb(made))
 
 
 def test_mono16_is_linear_from_black_to_white_in_either_byte_order():

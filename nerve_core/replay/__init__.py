@@ -1,0 +1,1 @@
+"""A recording, segmented frame by frame without ROS: bag -> frames -> masks -> bag, video, measures."""

@@ -1,0 +1,175 @@
+"""Room: bag -> messages: rosbag2 (mcap, sqlite3, compressed or not) and ROS 1 bags, whole or damaged, without ROS."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rosbags import rosbag1, rosbag2
+
+from .messages import IMAGE_TYPES, typestore
+from .salvage import SUFFIXES, Stored, salvage, storage_files
+
+
+class BagError(ValueError):
+    """A bag cannot be replayed; the text says why, and what can be done."""
+
+
+class MessageError(ValueError):
+    """One message of a bag cannot be read; the text says why."""
+
+
+@dataclass(frozen=True)
+class Topic:
+    """A topic of a bag: its name, its type ("sensor_msgs/msg/Image") and how many messages it has."""
+
+    name: str
+    kind: str
+    count: int
+
+
+class Bag:
+    """A bag that is open. What is lost of a damaged one is said in `notes`, which grow while it is read.
+
+    Raises BagError where there is nothing that could be read. Close it when done; a context manager does.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if not path.exists():
+            raise BagError(f"there is no bag {path}; give the folder of a rosbag2 bag, or a .mcap, .db3 or .bag file")
+        self.path = path
+        self.notes: dict[str, None] = {}
+        self._stack = ExitStack()
+        self._reader: Any = None
+        self._files: list[Path] = []
+        self._ros1 = path.suffix == ".bag"
+        try:
+            self._open()
+        except BaseException:
+            self._stack.close()
+            raise
+
+    def __enter__(self) -> Bag:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the files back."""
+        self._stack.close()
+
+    def _open(self) -> None:
+        try:
+            reader = (rosbag1.Reader if self._ros1 else rosbag2.Reader)(self.path)
+            self._reader = self._stack.enter_context(reader)
+            counted = Counter[tuple[str, str]]()
+            for connection in reader.connections:
+                counted[connection.topic, connection.msgtype] += connection.msgcount
+            self.start = int(reader.start_time) if sum(counted.values()) else 0
+        except Exception as error:  # rosbags raises whatever its parser trips over
+            self._reader = None
+            if self._ros1:
+                raise BagError(
+                    f"{self.path} cannot be read as a ROS 1 bag: {_said(error)}; if it was cut off: rosbag reindex"
+                ) from error
+            counted = self._salvage_index(error)
+        self.topics = tuple(Topic(*key, count) for key, count in sorted(counted.items()))
+
+    def _salvage_index(self, error: Exception) -> Counter[tuple[str, str]]:
+        """What is in the storage files by going through them. Raises BagError where that is nothing."""
+        self._files = storage_files(self.path)
+        if not self._files:
+            raise BagError(
+                f"{self.path} cannot be read as a bag ({_said(error)}), and holds no {' or '.join(SUFFIXES)} file"
+            ) from error
+        self._scratch = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
+        self._note(f"the bag cannot be opened as a whole ({_said(error)}); what its storage files still hold was read")
+        for name in _told_files(self.path):
+            if not (self.path / name).exists():
+                self._note(f"{name} is missing: metadata.yaml names it")
+        counted, self.start = Counter[tuple[str, str]](), 0
+        for stored in self._salvaged():
+            counted[stored.topic, stored.kind] += 1
+            self.start = min(self.start or stored.time, stored.time)
+        if not counted:
+            raise BagError(f"{self.path} holds no message that could be read: {'; '.join(self.notes)}") from error
+        return counted
+
+    def images(self) -> tuple[Topic, ...]:
+        """The topics whose type is one of images."""
+        return tuple(topic for topic in self.topics if topic.kind in IMAGE_TYPES)
+
+    def messages(self, topics: Collection[str], start: int | None = None, stop: int | None = None) -> Iterator[Stored]:
+        """The messages of `topics` in the order of time. start, stop: log times in nanoseconds, stop not included.
+
+        Where the bag turns out to be damaged on the way, what its files still hold follows, and `notes` say so.
+        """
+        last, at_last = -1, Counter[tuple[str, str]]()
+        if self._reader is not None:
+            wanted = [connection for connection in self._reader.connections if connection.topic in topics]
+            found = self._reader.messages(wanted, start, stop) if wanted else iter(())
+            while True:
+                try:
+                    one = next(found, None)
+                except Exception as error:
+                    if self._ros1:
+                        self._note(f"the bag is damaged ({_said(error)}): what follows there is lost")
+                        return
+                    self._note(f"the bag is damaged ({_said(error)}); what its storage files still hold was read")
+                    break
+                if one is None:
+                    return
+                connection, time, data = one
+                if time != last:
+                    last, at_last = time, Counter()
+                at_last[connection.topic, connection.msgtype] += 1
+                yield Stored(connection.topic, connection.msgtype, time, bytes(data))
+            self._files = self._files or storage_files(self.path)
+            if not hasattr(self, "_scratch"):
+                self._scratch = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
+        for stored in self._salvaged():
+            inside = (start is None or start <= stored.time) and (stop is None or stored.time < stop)
+            if stored.topic not in topics or not inside or stored.time < last:
+                continue
+            if stored.time == last and at_last[stored.topic, stored.kind]:
+                at_last[stored.topic, stored.kind] -= 1
+                continue
+            yield stored
+
+    def _salvaged(self) -> Iterator[Stored]:
+        for file in self._files:
+            yield from salvage(file, self._scratch, self._note)
+
+    def deserialize(self, stored: Stored) -> Any:
+        """The message of `stored`, with the fields that ROS gives it. Raises MessageError."""
+        store = typestore(self._ros1)
+        try:
+            read = store.deserialize_ros1 if self._ros1 else store.deserialize_cdr
+            return read(stored.data, stored.kind)
+        except KeyError:
+            raise MessageError(f"messages of type {stored.kind} are not known here") from None
+        except Exception as error:  # rosbags raises whatever its parser trips over
+            raise MessageError(f"a {stored.kind} cannot be deserialised ({type(error).__name__})") from error
+
+    def _note(self, sentence: str) -> None:
+        self.notes[sentence] = None
+
+
+def _told_files(bag: Path) -> list[str]:
+    """The storage files that metadata.yaml names; none where it cannot be read."""
+    try:
+        told = yaml.safe_load((bag / "metadata.yaml").read_text())["rosbag2_bagfile_information"]["relative_file_paths"]
+        return [Path(name).name for name in told]
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return []
+
+
+def _said(error: Exception) -> str:
+    return str(error) or type(error).__name__
