@@ -6,44 +6,36 @@ import dataclasses
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import cv2
 import numpy as np
 import typer
-from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import track
 from rich.table import Table
 
 from .cli_bench import bench
+from .cli_eval import evaluate
 from .cli_models import models
+from .cli_options import AsJson, Device, Model, Precision, Preset, Set, console, load, words
+from .cli_report import report
+from .cli_tune import tune
 
 if TYPE_CHECKING:
-    from .segmenter import Segmentation, Segmenter
+    from .segmenter import Segmentation
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Find things in images by name.", rich_markup_mode=None
 )
-evaluate = typer.Typer(no_args_is_help=True, help="Measure the quality of masks.")
 app.add_typer(evaluate, name="eval")
 app.add_typer(models, name="models")
 app.add_typer(bench, name="bench")
+app.add_typer(report, name="report")
 
-console = Console(stderr=True)
 _IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
-
-Model = Annotated[str, typer.Option(help="A model pair's name, or a folder with a pair.json.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-Precision = Annotated[str | None, typer.Option(help="fp16, bf16 or fp32; by default fp16 on CUDA, fp32 on the CPU.")]
-Preset = Annotated[str, typer.Option(help="pair (the pair's own settings) or paper.")]
-Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="Override a setting, as NAME=VALUE in JSON; may be repeated."),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on the last line.")]
 
 
 @app.command()
@@ -64,13 +56,13 @@ def segment(
     """Write a mask (PNG with a palette), an overlay and the per-class confidence of every image."""
     from .vocabulary import Vocabulary  # the model libraries take seconds to import: not for --help
 
-    vocabulary = Vocabulary.parse(names, negatives=None if negatives is None else _words(negatives))
+    vocabulary = Vocabulary.parse(names, negatives=None if negatives is None else words(negatives))
     if not vocabulary.names:
         raise ValueError('--names is empty; give what to look for, as in --names "ball, ladder"')
     for word in vocabulary.dropped:
         console.print(f"{word!r} is named twice; the first is kept")
     files = _image_files(images)
-    segmenter = _load(model, device, precision, preset, set_)
+    segmenter = load(model, device, precision, preset, set_)
     segmenter.embed(vocabulary)
     out.mkdir(parents=True, exist_ok=True)
     results, unread = [], []
@@ -92,74 +84,7 @@ def segment(
         raise ValueError(f"OpenCV cannot read {', '.join(map(str, unread))}; accepted are {' '.join(_IMAGES)}")
 
 
-@evaluate.command()
-def scenes(
-    seed: Annotated[
-        int, typer.Option(help="Seed of the scenes; the embedded pair never saw seeds other than 1.")
-    ] = 1000,
-    count: Annotated[int, typer.Option(min=1, help="Number of scenes.")] = 200,
-    refine: Annotated[str, typer.Option(help="nerve (the walk) or none (CLIP alone).")] = "nerve",
-    kernel: Annotated[str | None, typer.Option(help="Affinity kernel; by default the pair's own.")] = None,
-    model: Model = "embedded",
-    device: Device = "auto",
-    precision: Precision = None,
-    preset: Preset = "pair",
-    set_: Set = None,
-    as_json: AsJson = False,
-) -> None:
-    """Score a pair on drawn scenes with known masks: mean IoU, background included, every name asked for."""
-    from .evaluation.scenes import evaluate_scenes
-
-    if refine not in ("nerve", "none"):
-        raise ValueError(f"--refine {refine} is unknown; choose nerve or none")
-    overrides = [] if kernel is None else [f'kernel="{kernel}"']
-    segmenter = _load(model, device, precision, preset, [*(set_ or []), *overrides])
-
-    def progress(drawn: Iterable) -> Iterable:
-        return track(drawn, "scenes", total=count, console=console)
-
-    score = evaluate_scenes(segmenter, seed, count, refine=refine == "nerve", progress=progress)
-    table = Table(title=f"{count} scenes of seed {seed}, refine {refine}", title_justify="left")
-    table.add_column("name")
-    table.add_column("IoU", justify="right")
-    for name, value in score.per_class.items():
-        table.add_row(name, f"{value:.3f}")
-    table.add_section()
-    table.add_row("mean IoU", f"{score.miou:.4f}")
-    table.add_row("pixel accuracy", f"{score.pixel_accuracy:.4f}")
-    console.print(table)
-    console.print(f"{segmenter.description}; {score.seconds_per_image * 1e3:.0f} ms an image")
-    if as_json:
-        plain = {key: None if value != value else value for key, value in score.per_class.items()}
-        print(json.dumps({**dataclasses.asdict(score), "per_class": plain, "seed": seed, "refine": refine}))
-
-
-def _load(model: str, device: str, precision: str | None, preset: str, overrides: Iterable[str] | None) -> Segmenter:
-    """A segmenter by the command line's options."""
-    from .models import quiet_libraries
-    from .segmenter import Segmenter
-
-    quiet_libraries()
-    with console.status(f"loading {model}"):
-        return Segmenter.from_pretrained(
-            model, device=device, dtype=precision, preset=preset, settings=dict(_settings(overrides or ()))
-        )
-
-
-def _settings(pairs: Iterable[str]) -> Iterator[tuple[str, Any]]:
-    """NAME=VALUE with a JSON value; a value that is no JSON is text."""
-    for pair in pairs:
-        name, equals, text = pair.partition("=")
-        if not equals:
-            raise ValueError(f"--set {pair} has no value; write --set NAME=VALUE, as in --set alpha=0.9")
-        try:
-            yield name, json.loads(text)
-        except json.JSONDecodeError:
-            yield name, text
-
-
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(word.strip() for word in text.split(",") if word.strip())
+app.command()(tune)
 
 
 def _image_files(paths: Iterable[Path]) -> list[Path]:

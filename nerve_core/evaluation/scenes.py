@@ -1,95 +1,59 @@
-"""The embedded pair's own protocol: drawn scenes of a seed, every name asked for, one confusion matrix."""
+"""The embedded pair's own set: scenes drawn in memory from a seed, with masks that are exact."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from ..embedded.scenes import NAMES, draw_scenes
-from ..readout import read_out
-from ..segmenter import Segmenter
+from ..embedded.scenes import NAMES, draw_scene
 from ..vocabulary import Vocabulary
-from .metric import ConfusionMatrix
-
-Refine = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Q, K [heads, N, D], G [N, queries] -> P [N, queries]."""
+from .datasets import Sample
 
 
 @dataclass(frozen=True)
-class Score:
-    """miou: background included. per_class: by name; NaN where no scene shows it. seconds_per_image: of segmenting
-    alone."""
+class DrawnScenes:
+    """Scenes 0 to count - 1 of a seed as a set: every name is asked for, with the pair's own negatives."""
 
-    miou: float
-    pixel_accuracy: float
-    per_class: dict[str, float]
+    seed: int
     count: int
-    seconds_per_image: float
+    name: str = "scenes"
+    notes: tuple[str, ...] = ()
+    values: tuple[int, ...] = ()
 
+    @property
+    def title(self) -> str:
+        """For a reader."""
+        return f"{self.count} drawn scenes of seed {self.seed}"
 
-def evaluate_scenes(
-    segmenter: Segmenter,
-    seed: int,
-    count: int,
-    *,
-    refine: bool = True,
-    progress: Callable[[Iterable], Iterable] = iter,
-) -> Score:
-    """Segment `count` scenes of a seed with every name in the vocabulary, with the walk or with G alone."""
-    nerve = nerve_refinement(segmenter) if refine else no_refinement
-    return compare_on_scenes(segmenter, seed, count, {"": nerve}, progress=progress)[""]
+    @property
+    def root(self) -> Path:
+        """No file is read."""
+        return Path(f"seed {self.seed}")
 
+    @property
+    def samples(self) -> tuple[Sample, ...]:
+        """A scene each; its number is its id."""
+        return tuple(Sample(f"{k:06d}", self.root / str(k), self.root / str(k)) for k in range(self.count))
 
-def nerve_refinement(segmenter: Segmenter) -> Refine:
-    """The segmenter's own walk."""
-    return lambda Q, K, G: segmenter.refine(Q, K, G).P
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """Every name that a scene can show."""
+        return Vocabulary(NAMES)
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The names of the mask labels."""
+        return ("background", *NAMES)
 
-def no_refinement(Q: Tensor, K: Tensor, G: Tensor) -> Tensor:
-    """G alone: CLIP's word, resized."""
-    return G
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The protocol changes nothing of the pair's settings."""
+        return {}
 
-
-@torch.inference_mode()
-def compare_on_scenes(
-    segmenter: Segmenter,
-    seed: int,
-    count: int,
-    refinements: Mapping[str, Refine],
-    *,
-    progress: Callable[[Iterable], Iterable] = iter,
-) -> dict[str, Score]:
-    """Several refinements of the same G, Q and K on the same scenes: a score for each."""
-    queries = segmenter.embed(Vocabulary(NAMES))
-    matrices = {name: ConfusionMatrix.of(len(NAMES) + 1) for name in refinements}
-    seconds = dict.fromkeys(refinements, 0.0)
-    for scene in progress(draw_scenes(seed, count)):
-        began = time.perf_counter()
-        G, Q, K = segmenter.frame(scene.image, queries)
-        shared = time.perf_counter() - began
-        for name, refine in refinements.items():
-            began = time.perf_counter()
-            P = refine(Q, K, G)
-            grid, size = segmenter.grid, scene.labels.shape
-            read = read_out(G, P, queries.classes, len(NAMES), grid, size, segmenter.settings.readout)
-            labels = read.labels.cpu().numpy()
-            seconds[name] += shared + time.perf_counter() - began
-            matrices[name].add(scene.labels, labels)
-    return {name: _score(matrix, count, seconds[name]) for name, matrix in matrices.items()}
-
-
-def _score(matrix: ConfusionMatrix, count: int, seconds: float) -> Score:
-    values = matrix.iou()
-    names = ("background", *NAMES)
-    return Score(
-        matrix.mean_iou(),
-        matrix.pixel_accuracy(),
-        {name: float(np.round(value, 6)) for name, value in zip(names, values, strict=True)},
-        count,
-        seconds / max(count, 1),
-    )
+    def load(self, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
+        """One scene: uint8 [H, W, 3] RGB and its mask, uint8 [H, W]."""
+        scene = draw_scene((self.seed, int(sample.id)))
+        return scene.image, scene.labels

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from generated_sets import write_folder
 from nerve_core import Segmenter, Vocabulary
-from nerve_core.embedded.scenes import draw_scene
+from nerve_core.cli_options import read_settings
+from nerve_core.embedded.scenes import draw_scene, draw_scenes
 from nerve_core.visualize import palette
 
 
@@ -83,8 +85,14 @@ def test_an_unreadable_image_is_named_and_the_others_are_done(nerve, folder, tmp
         (("segment", "{folder}", "--names", "ball", "--set", "alpha=2"), "alpha is 2"),
         (("segment", "{folder}", "--names", "ball", "--set", "speed=2"), "unknown settings speed"),
         (("segment", "{folder}", "--names", "x" * 129), "at most 128"),
-        (("eval", "scenes", "--count", "1", "--kernel", "cubic"), "choose one of"),
-        (("eval", "scenes", "--count", "1", "--refine", "all"), "nerve or none"),
+        (("eval", "scenes", "--count", "1", "--set", "kernel=cubic"), "choose one of"),
+        (("eval", "scenes", "--count", "1", "--refine", "all"), "refinement 'all' is unknown; choose one of nerve"),
+        (("eval", "scenes", "--count", "1", "--head", "none"), "head 'none' is unknown"),
+        (("eval", "scenes", "--count", "1", "--post", "crf"), "post-processing 'crf' is unknown"),
+        (("eval", "scenes", "--count", "1", "--device", "tpu"), "auto, cpu, cuda"),
+        (("eval", "scenes", "--count", "1", "--set", "previous_frame_start=true"), "leave it off"),
+        (("eval", "scenes", "--count", "1", "--set", "@nowhere.json"), "nowhere.json"),
+        (("eval", "voc21", "--root", "nowhere"), "nowhere is no folder"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(nerve, folder, tmp_path, arguments, said):
@@ -97,14 +105,70 @@ def test_bad_input_is_one_sentence_and_exit_code_2(nerve, folder, tmp_path, argu
 
 
 def test_eval_scenes_prints_one_json_object_that_any_run_repeats(nerve):
-    runs = [nerve("eval", "scenes", "--seed", "5", "--count", "2", "--json") for _ in range(2)]
-    first, second = (json.loads(out.splitlines()[-1]) for _, out, _ in runs)
-    assert first["count"] == 2
-    assert first["seed"] == 5
-    assert first["seconds_per_image"] > 0
-    assert set(first["per_class"]) >= {"background", "ball", "ladder"}
-    assert first["miou"] == second["miou"]
-    alone = json.loads(
-        nerve("eval", "scenes", "--seed", "5", "--count", "2", "--refine", "none", "--json")[1].splitlines()[-1]
-    )
-    assert alone["miou"] != first["miou"]
+    arguments = ("eval", "scenes", "--seed", 5, "--count", 2, "--refine", "nerve,none", "--json")
+    runs = [nerve(*arguments) for _ in range(2)]
+    first, second = (json.loads(out.splitlines()[-1])["sets"][0] for _, out, _ in runs)
+    assert first["images"] == 2
+    assert [score["variant"] for score in first["scores"]] == ["nerve", "none"]
+    for score, other in zip(first["scores"], second["scores"], strict=True):
+        assert score["seconds"] > 0
+        assert set(score["per_class"]) >= {"background", "ball", "ladder"}
+        assert score["interval"][0] <= score["miou"] <= score["interval"][1]
+        assert {**score, "seconds": 0} == {**other, "seconds": 0}
+    assert first["scores"][0]["miou"] != first["scores"][1]["miou"]
+    assert "mIoU" in runs[0][2]
+
+
+def test_a_report_and_pictures_are_written_where_out_is_given(nerve, tmp_path):
+    arguments = ("eval", "scenes", "--count", 2, "--refine", "none", "--out", tmp_path / "out")
+    code, out, err = nerve(*arguments)
+    assert (code, out) == (0, ""), err
+    report = json.loads((tmp_path / "out" / "results.json").read_text())["report"]
+    assert report["kind"] == "evaluation"
+    pictures = report["sets"][0]["pictures"]
+    assert [picture["rank"] for picture in pictures] == ["worst", "worst"], "two images, each once"
+    assert pictures[0]["miou"] <= pictures[1]["miou"]
+    assert all((tmp_path / "out" / picture["overlay"]).is_file() for picture in pictures)
+    assert (tmp_path / "out" / "report.html").is_file()
+    # another run is refused, and the same one again draws no picture anew
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "pictures").iterdir()}
+    assert nerve(*arguments)[0] == 0
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "pictures").iterdir()} == kept
+    code, _, err = nerve("eval", "scenes", "--count", 3, "--refine", "none", "--out", tmp_path / "out")
+    assert code == 2
+    assert "set.images is 2 there and 3 now" in err
+    code, _, err = nerve("eval", "folder", "--root", tmp_path, "--out", tmp_path / "out")
+    assert code == 2
+
+
+def test_a_folder_with_another_sets_run_is_refused(nerve, tmp_path):
+    (tmp_path / "out" / "voc21").mkdir(parents=True)
+    (tmp_path / "out" / "voc21" / "run.json").write_text("{}")
+    code, _, err = nerve("eval", "scenes", "--count", 1, "--out", tmp_path / "out")
+    assert code == 2
+    assert "holds runs on voc21, which this command does not measure" in err
+
+
+def test_an_image_that_cannot_be_read_is_named_or_left_out(nerve, tmp_path):
+    root = write_folder(tmp_path / "set", draw_scenes(7, 3, size=(60, 80)))
+    broken = sorted((root / "JPEGImages").iterdir())[1]
+    broken.write_bytes(b"no picture")
+    arguments = ("eval", "folder", "--root", root, "--refine", "none", "--json")
+    code, out, err = nerve(*arguments)
+    assert (code, out) == (2, "")
+    assert broken.name in err
+    assert "--keep-going" in err
+    assert "Traceback" not in err
+    code, out, err = nerve(*arguments, "--keep-going")
+    assert code == 0
+    assert json.loads(out.splitlines()[-1])["sets"][0]["scores"][0]["images"] == 2
+    assert f"image {broken.stem} is left out" in err
+
+
+def test_settings_can_come_from_a_file_and_later_ones_win(tmp_path):
+    (tmp_path / "a.json").write_text('{"alpha": 0.4, "kernel": "relu"}')
+    assert read_settings([f"@{tmp_path / 'a.json'}", "alpha=0.5"]) == {"alpha": 0.5, "kernel": "relu"}
+    for text, said in (("[1]", "one JSON object"), ("{", "is no JSON")):
+        (tmp_path / "b.json").write_text(text)
+        with pytest.raises(ValueError, match=said):
+            read_settings([f"@{tmp_path / 'b.json'}"])

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,44 +18,24 @@ from rich.progress import track
 from torch import Tensor
 from torch.nn import functional as F
 
-from nerve_core import Segmenter
-from nerve_core.affinity import KERNELS, AffinityConfig
+from nerve_core import Segmenter, Vocabulary
+from nerve_core.affinity import KERNELS
 from nerve_core.diffusion import DiffusionTaps
-from nerve_core.evaluation.scenes import Refine, compare_on_scenes, nerve_refinement, no_refinement
-from nerve_core.frame import FramePart
-from nerve_core.fusion import FusionConfig, Transition, fuse
+from nerve_core.embedded.scenes import NAMES, draw_scenes
+from nerve_core.evaluation.metric import ConfusionMatrix
+from nerve_core.evaluation.protocols import STEPS, table_variants
+from nerve_core.evaluation.refinements import Refine
+from nerve_core.evaluation.variants import Variant, Variants
 from nerve_core.models import load_diffusion, quiet_libraries
 from nerve_core.pairs import find_pair
-from nerve_core.random_walk import walk_from
+from nerve_core.settings import PRESETS, Settings
 
 EMBEDDED = Path(__file__).resolve().parents[2] / "nerve_core" / "embedded"
+FULL, ALONE = "Parts of the method|global + local + walk (full NERVE)", "Parts of the method|CLIP alone (G)"
+CONTROL = "Controls|U-Net with random weights, full walk"
 
 
-class Walks:
-    """Walks with some of the pair's settings replaced; rows that differ in the walk alone share one S per frame."""
-
-    def __init__(self, segmenter: Segmenter) -> None:
-        self.segmenter = segmenter
-        self._frame: Tensor | None = None
-        self._fused: dict[tuple[AffinityConfig, FusionConfig], Transition] = {}
-
-    def __call__(self, **overrides: object) -> Refine:
-        """The refinement with these settings."""
-        s = self.segmenter.settings.replaced(overrides)
-
-        def refined(Q: Tensor, K: Tensor, G: Tensor) -> Tensor:
-            if self._frame is not Q:
-                self._frame, self._fused = Q, {}
-            key = (s.affinity, s.fusion)
-            if key not in self._fused:
-                grid = self.segmenter.grid
-                self._fused[key] = fuse(Q.float(), K.float(), G, grid, s.affinity, s.fusion).transition
-            return walk_from(self._fused[key], G, s.walk)
-
-        return refined
-
-
-def blur(grid: tuple[int, int], sigma: float) -> Refine:
+def blur(sigma: float, grid: tuple[int, int]) -> Refine:
     """The control without an image: an isotropic Gaussian over G, in tokens; rows stay distributions."""
     reach = int(3 * sigma + 0.5)
     line = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / sigma) ** 2)
@@ -70,44 +49,49 @@ def blur(grid: tuple[int, int], sigma: float) -> Refine:
     return smooth
 
 
-def rows(segmenter: Segmenter) -> dict[str, dict[str, Refine]]:
-    """What is measured: title of each table -> its rows."""
-    walk = Walks(segmenter)
-    heads = len(segmenter.settings.diffusion.taps) * 5
-    return {
-        "Parts of the method": {
-            "CLIP alone (G)": no_refinement,
-            "local only (beta 0)": walk(beta=0.0),
-            "global only (beta 1)": walk(beta=1.0),
-            "global + local, one step": walk(steps=1),
-            "global + local + walk (full NERVE)": nerve_refinement(segmenter),
-            "preset paper": walk(kernel="relu", beta=0.3, alpha=0.85, c=10.0, method="truncated", steps=40),
-        },
-        "Heads": {
-            **{f"single, head {head}": walk(head_weights=head) for head in range(heads)},
-            "mean": walk(head_weights="mean"),
-            "weighted by entropy": nerve_refinement(segmenter),
-        },
-        "Steps, truncated walk": {
-            f"L = {steps}": walk(method="truncated", steps=steps) for steps in (0, 5, 10, 20, 40)
-        },
-        "Steps, fixed point": {f"L = {steps}": walk(steps=steps) for steps in (0, 5, 10, 20, 40)},
-        "Kernels": {kernel: walk(kernel=kernel) for kernel, rule in KERNELS.items() if rule.positive},
-        "Controls": {
-            f"isotropic blur of G, sigma {sigma:g} tokens": blur(segmenter.grid, sigma) for sigma in (0.5, 1, 2, 4)
-        },
+def rows(settings: Settings, grid: tuple[int, int]) -> tuple[Variant, ...]:
+    """What is measured, each named by its table and its row."""
+    sigmas = (0.5, 1, 2, 4)
+    tables = {
+        "Parts of the method": (
+            *table_variants("table4", "embedded", settings, {}),
+            Variant("preset paper", PRESETS["paper"]),
+        ),
+        "Heads": table_variants("table3", "embedded", settings, {}),
+        "Steps, truncated walk": table_variants("fig2", "embedded", settings, {}),
+        "Steps, fixed point": tuple(Variant(f"L = {steps}", {"steps": steps}) for steps in STEPS),
+        "Kernels": tuple(Variant(kernel, {"kernel": kernel}) for kernel, rule in KERNELS.items() if rule.positive),
+        "Controls": tuple(
+            Variant(f"isotropic blur of G, sigma {sigma:g} tokens", refine=blur(sigma, grid)) for sigma in sigmas
+        ),
     }
+    return tuple(
+        Variant(f"{title}|{row.name}", row.settings, row.refine) for title, part in tables.items() for row in part
+    )
 
 
-def with_random_unet(segmenter: Segmenter) -> FramePart:
-    """The segmenter's own frame part, but for a U-Net of the same architecture that has learnt nothing."""
-    part, diffusion = segmenter.frame_part, segmenter.settings.diffusion
+def forget_unet(segmenter: Segmenter) -> None:
+    """Give a segmenter a U-Net of the same architecture that has learnt nothing."""
+    diffusion = segmenter.settings.diffusion
     source = find_pair("embedded").diffusion
     loaded = load_diffusion(source, segmenter.device, segmenter.dtype, diffusion.taps, cache_dir=None, offline=True)
     torch.manual_seed(0)
     unet = UNet2DConditionModel.from_config(loaded.unet.config).eval().requires_grad_(False)
-    taps = DiffusionTaps(loaded.vae, unet, loaded.scheduler, loaded.prompt, diffusion)
-    return FramePart(part.clip, taps, segmenter.device)
+    segmenter.frame_part.taps = DiffusionTaps(loaded.vae, unet, loaded.scheduler, loaded.prompt, diffusion)
+
+
+def measure(seed: int, count: int) -> dict[str, ConfusionMatrix]:
+    """Every row on the same scenes."""
+    settings = Settings().replaced(find_pair("embedded").settings)
+    untrained = Variants("embedded", [Variant(CONTROL)], device="cpu")
+    trained = Variants("embedded", rows(settings, untrained.segmenters[CONTROL].grid), device="cpu")
+    forget_unet(untrained.segmenters[CONTROL])
+    matrices = {name: ConfusionMatrix.of(len(NAMES) + 1) for name in (*trained.segmenters, CONTROL)}
+    for scene in track(draw_scenes(seed, count), "scenes", total=count):
+        for variants in (trained, untrained):
+            for name, mask in variants(scene.image, Vocabulary(NAMES)).items():
+                matrices[name].add(scene.labels, mask.labels)
+    return matrices
 
 
 def main(
@@ -119,27 +103,20 @@ def main(
     """Measure and write the card."""
     quiet_libraries()
     torch.set_num_threads(threads)
-    segmenter = Segmenter.from_pretrained("embedded", device="cpu")
-    tables = rows(segmenter)
-    flat = {f"{title}|{row}": refinement for title, parts in tables.items() for row, refinement in parts.items()}
-    scores = compare_on_scenes(segmenter, seed, count, flat, progress=shown(count))
-    segmenter.frame_part = with_random_unet(segmenter)
-    control = "U-Net with random weights, full walk"
-    random = compare_on_scenes(segmenter, seed, count, {control: nerve_refinement(segmenter)}, progress=shown(count))
-    scores[f"Controls|{control}"] = random[control]
-    tables["Controls"][control] = no_refinement
+    matrices = measure(seed, count)
+    miou: dict[str, dict[str, float]] = {}
+    for name, matrix in matrices.items():
+        title, _, row = name.partition("|")
+        miou.setdefault(title, {})[row] = round(matrix.mean_iou(), 4)
+    settings = Settings().replaced(find_pair("embedded").settings)
     content = {
         "seed": seed,
         "count": count,
         "device": f"CPU {platform.machine()}, {threads} threads, torch {torch.__version__}, float32",
-        "settings": {
-            key: value for key, value in segmenter.settings.flat().items() if key not in ("templates", "negatives")
-        },
-        "miou": {
-            title: {row: round(scores[f"{title}|{row}"].miou, 4) for row in parts} for title, parts in tables.items()
-        },
-        "per_class": scores["Parts of the method|global + local + walk (full NERVE)"].per_class,
-        "per_class_clip_alone": scores["Parts of the method|CLIP alone (G)"].per_class,
+        "settings": {key: value for key, value in settings.flat().items() if key not in ("templates", "negatives")},
+        "miou": miou,
+        "per_class": per_class(matrices[FULL]),
+        "per_class_clip_alone": per_class(matrices[ALONE]),
     }
     (out / "card.json").write_text(json.dumps(content, indent=2) + "\n")
     text = (Path(__file__).parent / "card_text.md").read_text()
@@ -147,9 +124,9 @@ def main(
     (out / "CARD.md").write_text(text)
 
 
-def shown(count: int) -> Callable:
-    """A progress bar over `count` scenes."""
-    return lambda drawn: track(drawn, "scenes", total=count)
+def per_class(matrix: ConfusionMatrix) -> dict[str, float]:
+    """IoU by name."""
+    return {name: round(float(iou), 6) for name, iou in zip(("background", *NAMES), matrix.iou(), strict=True)}
 
 
 def markdown(content: dict) -> str:

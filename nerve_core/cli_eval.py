@@ -1,0 +1,410 @@
+"""`nerve eval`: how good the masks are, on benchmarks, in the paper's tables, on one's own folder or drawn scenes."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from .cli_options import AsJson, Device, Model, Precision, Preset, Set, console, read_settings, words
+
+if TYPE_CHECKING:
+    from .evaluation.datasets import Dataset
+    from .evaluation.variants import Variant
+    from .evaluation.workers import ImageSet, Task
+    from .report.data import Report, SetScores
+    from .settings import Settings
+
+evaluate = typer.Typer(no_args_is_help=True, help="Measure the quality of masks.")
+
+SETS = {
+    "voc21": "Pascal VOC 2012 val: 20 classes and the background.",
+    "voc20": "Pascal VOC 2012 val, the background ignored.",
+    "pc60": "Pascal Context val: 59 classes and the background.",
+    "pc59": "Pascal Context val, the background ignored.",
+    "coco-object": "COCO val2017: 80 things and the background.",
+    "coco-stuff": "COCO-Stuff val2017: 171 classes.",
+    "ade20k": "ADE20K validation: 150 classes.",
+    "folder": "A labelled folder of your own, in the layout of Pascal VOC with a classes.txt.",
+}
+"""`evaluation.datasets.DATASETS`, which takes seconds to import."""
+Head = Annotated[str | None, typer.Option(help="CLIP heads, with commas between; by default the pair's own.")]
+Refine = Annotated[str | None, typer.Option(help="Refinements, with commas between: nerve, none, iseg, sd_mean, sfsa.")]
+Post = Annotated[str | None, typer.Option(help="Post-processing, with commas between: none, pamr.")]
+ReadoutNames = Annotated[str | None, typer.Option(help="Readouts, with commas between: argmax, presence_minmax.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Take the first N images alone.")]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What every measurement can be told, by the options of the same names."""
+
+    model: str
+    device: str
+    precision: str | None
+    preset: str
+    settings: Mapping[str, Any]
+    threads: int
+    out: Path | None
+    workers: int | None
+    ray: str | None
+    keep_going: bool
+    as_json: bool
+
+    def base(self, dataset: ImageSet | None = None) -> Settings:
+        """The pair's settings with the preset, what the set's protocol asks for, and --set: what variants start from.
+
+        Raises ModelError, ValueError.
+        """
+        from .pairs import find_pair
+        from .settings import Settings, preset
+
+        asked = {} if dataset is None else dataset.settings
+        own = Settings().replaced(find_pair(self.model).settings)
+        return own.replaced({**preset(self.preset), **asked, **self.settings})
+
+    def task(self, dataset: ImageSet, variants: Sequence[Variant]) -> Task:
+        """A run on one set. Raises ModelError, ValueError."""
+        from .evaluation.runner import make_task
+
+        return make_task(
+            dataset,
+            variants,
+            model=self.model,
+            device=self.device,
+            precision=self.precision,
+            preset=self.preset,
+            settings=self.settings,
+            threads=self.threads,
+        )
+
+
+def _run(
+    model: Model = "embedded",
+    set_: Set = None,
+    preset: Preset = "pair",
+    device: Device = "auto",
+    precision: Precision = None,
+    threads: Annotated[
+        int, typer.Option(min=1, help="CPU threads of each worker. A few pixels depend on it: it is part of the run.")
+    ] = 1,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes with a model each, on CUDA a device each; by default one.")
+    ] = None,
+    ray: Annotated[
+        str | None, typer.Option(help="Work on a Ray cluster, with --workers actors: auto, local or HOST:PORT.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for results and report. The same command goes on with a run that was interrupted."),
+    ] = None,
+    keep_going: Annotated[
+        bool, typer.Option("--keep-going", help="Leave out images that cannot be read, and say which.")
+    ] = False,
+    as_json: AsJson = False,
+) -> Run:
+    """A measurement by its options."""
+    return Run(model, device, precision, preset, read_settings(set_), threads, out, workers, ray, keep_going, as_json)
+
+
+def measures(function: Callable[..., None]) -> Callable[..., None]:
+    """A command that has the options of every measurement besides its own parameters, and gets them as `run`."""
+    hints = {**get_type_hints(function, include_extras=True), **get_type_hints(_run, include_extras=True)}
+    shared = inspect.signature(_run).parameters
+    own = [part for name, part in inspect.signature(function).parameters.items() if name != "run"]
+
+    def command(**given: Any) -> None:
+        run = _run(**{name: given.pop(name) for name in shared})
+        function(run=run, **given)
+
+    command.__name__, command.__doc__ = function.__name__, function.__doc__
+    command.__annotations__ = {part.name: hints[part.name] for part in (*own, *shared.values())}
+    command.__signature__ = inspect.Signature(
+        [
+            part.replace(annotation=hints[part.name], kind=inspect.Parameter.KEYWORD_ONLY)
+            for part in (*own, *shared.values())
+        ]
+    )
+    return command
+
+
+def _add_set(name: str, title: str) -> None:
+    @evaluate.command(name, help=title)
+    @measures
+    def of_set(
+        run: Run,
+        root: Annotated[Path, typer.Option(help="Folder that holds the set. Nothing is downloaded.")],
+        head: Head = None,
+        refine: Refine = None,
+        post: Post = None,
+        readout: ReadoutNames = None,
+        limit: Limit = None,
+    ) -> None:
+        from .evaluation.variants import combinations
+
+        opened = open_set(name, root, limit)
+        show(run, measure(run, opened[0].title, [opened], combinations(_axes(head, refine, post, readout))))
+
+
+def _table(
+    name: str,
+    run: Run,
+    roots: Path,
+    sets: str | None,
+    skip_missing: bool,
+    limit: int | None,
+    axes: Mapping[str, Sequence[str]],
+) -> None:
+    """Measure one of the paper's tables and show it."""
+    from .evaluation import protocols
+    from .evaluation.datasets import DatasetError
+
+    places = protocols.read_roots(roots)
+    opened, missing = [], []
+    for item in words(sets) if sets else protocols.BENCHMARKS:
+        try:
+            if item not in places:
+                raise DatasetError(f"{roots} names no folder of {item}")
+            opened.append(open_set(item, places[item], limit))
+        except DatasetError as error:
+            if not skip_missing:
+                raise DatasetError(f"{error} (--skip-missing leaves such sets out)") from None
+            missing.append(f"{item} is left out: {error}")
+            console.print(missing[-1], style="yellow", markup=False, highlight=False, soft_wrap=True)
+    if not opened:
+        raise DatasetError("no set is left to measure")
+    rows = protocols.table_variants(name, run.model, run.base(), axes)
+    show(run, measure(run, protocols.TABLES[name], opened, rows, notes=missing, table=name))
+
+
+Roots = Annotated[Path, typer.Option(help="YAML file with a line for each set: voc21: /data/VOC2012.")]
+Sets = Annotated[str | None, typer.Option(help="Sets, with commas between; by default the seven benchmarks.")]
+SkipMissing = Annotated[bool, typer.Option("--skip-missing", help="Leave out sets that are not there, and say which.")]
+
+
+@evaluate.command()
+@measures
+def table1(
+    run: Run,
+    roots: Roots,
+    sets: Sets = None,
+    skip_missing: SkipMissing = False,
+    limit: Limit = None,
+    head: Head = None,
+    refine: Refine = None,
+    post: Post = None,
+    readout: ReadoutNames = None,
+) -> None:
+    """The method on every benchmark, beside the published figures, and besides it every combination of what is named
+    by --head, --refine, --post and --readout."""
+    _table("table1", run, roots, sets, skip_missing, limit, _axes(head, refine, post, readout))
+
+
+def _add_ablation(name: str, title: str) -> None:
+    @evaluate.command(name, help=title)
+    @measures
+    def ablation(
+        run: Run, roots: Roots, sets: Sets = None, skip_missing: SkipMissing = False, limit: Limit = None
+    ) -> None:
+        _table(name, run, roots, sets, skip_missing, limit, {})
+
+
+_add_ablation("table3", "One head of the diffusion model alone, all heads alike, and weighed by entropy.")
+_add_ablation("table4", "The local and the global transition and both, with and without the walk.")
+_add_ablation("fig2", "The truncated walk of 0, 5, 10, 20 and 40 steps.")
+for _name, _title in SETS.items():
+    _add_set(_name, _title)
+
+
+@evaluate.command()
+@measures
+def scenes(
+    run: Run,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the scenes; the embedded pair never saw seeds other than 1.")
+    ] = 1000,
+    count: Annotated[int, typer.Option(min=1, help="Number of scenes.")] = 200,
+    head: Head = None,
+    refine: Refine = None,
+    post: Post = None,
+    readout: ReadoutNames = None,
+) -> None:
+    """Drawn scenes with known masks: mean IoU, background included, every name asked for."""
+    from .evaluation.scenes import DrawnScenes
+    from .evaluation.variants import combinations
+
+    dataset = DrawnScenes(seed, count)
+    rows = combinations(_axes(head, refine, post, readout))
+    show(run, measure(run, dataset.title, [(dataset, count)], rows))
+
+
+def _axes(head: str | None, refine: str | None, post: str | None, readout: str | None) -> dict[str, Sequence[str]]:
+    """What is compared: axis -> values."""
+    given = {"refine": refine, "head": head, "post": post, "readout": readout}
+    return {axis: words(text) for axis, text in given.items() if text}
+
+
+def open_set(name: str, root: Path, limit: int | None) -> tuple[Dataset, int]:
+    """A set, with the first images alone where a limit is given, and how many it has in all. Raises DatasetError."""
+    from .evaluation.datasets import open_dataset
+
+    with console.status(f"looking at {name} in {root}"):
+        dataset = open_dataset(name, root)
+    return replace(dataset, samples=dataset.samples[:limit]), len(dataset.samples)
+
+
+def measure(
+    run: Run,
+    title: str,
+    opened: Sequence[tuple[ImageSet, int]],
+    variants: Sequence[Variant],
+    *,
+    notes: Sequence[str] = (),
+    table: str = "",
+) -> Report:
+    """Measure variants on sets, one after the other, and write the report where --out is given.
+
+    opened: sets, and how many images each has in all. notes: for the report. table: whose curves are drawn too. Raises
+    what the runner raises.
+    """
+    from .evaluation import protocols, summary
+    from .evaluation.runner import open_workers, run_set
+    from .report.page import write_report
+
+    check_out(run.out, [dataset.name for dataset, _ in opened])
+    sets, result = [], None
+    for dataset, images in opened:
+        task = run.task(dataset, variants)
+        with closing(open_workers(task, run.workers, run.ray)) as workers:
+            with progress(dataset.name) as watch:
+                folder = run.out and run.out / dataset.name
+                result = run_set(task, workers, folder=folder, keep_going=run.keep_going, watch=watch)
+            with console.status(f"{dataset.name}: intervals and pictures"):
+                found = summary.scores(result)
+                pictures = summary.draw_extremes(result, found, workers, run.out) if run.out else ()
+        sets.append(
+            summary.set_scores(
+                result, found, images=images, published=protocols.PUBLISHED.get(dataset.name, ()), pictures=pictures
+            )
+        )
+    report = summary.make_report(
+        "evaluation",
+        title,
+        result,
+        sets,
+        run.base(),
+        curves=protocols.curves(table, sets),
+        extra=protocols.means(sets),
+        notes=(*notes, *summary.cautions(result.task)),
+    )
+    if run.out:
+        path = write_report(report, run.out)
+        console.print(f"report: {path}", markup=False, highlight=False, soft_wrap=True)
+    return report
+
+
+def check_out(out: Path | None, names: Sequence[str]) -> None:
+    """Raise where a folder holds runs that this command is not about, or what the report needs is not installed."""
+    from .evaluation.runlog import DESCRIPTION, RunError
+    from .report.page import libraries_missing
+
+    if out is None:
+        return
+    if any(find_spec(library) is None for library in ("jinja2", "matplotlib")):
+        raise libraries_missing()
+    others = sorted({path.parent.name for path in out.glob(f"*/{DESCRIPTION}")} - set(names))
+    if others:
+        raise RunError(
+            f"{out} holds runs on {', '.join(others)}, which this command does not measure: choose another --out"
+        )
+
+
+@contextmanager
+def progress(name: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar that is told how many images are done and of how many; the time left is by this run's own images."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, speed_estimate_period=600) as bar:
+        task = bar.add_task(name, total=None)
+
+        def watch(done: int, images: int) -> None:
+            if bar.tasks[0].total is None:  # what an earlier run did took this one no time
+                bar.reset(task, total=images, completed=done)
+            else:
+                bar.update(task, completed=done)
+
+        yield watch
+
+
+def show(run: Run, report: Report) -> None:
+    """Print the scores: a table for each set, and with --json one object."""
+    for item in report.sets:
+        console.print(_scores_table(item))
+        if len(item.scores) == 1:
+            console.print(_names_table(item))
+        for note in item.notes:
+            console.print(f"{item.name}: {note}", markup=False, highlight=False, soft_wrap=True)
+    for note in report.notes:
+        console.print(note, style="yellow", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"{report.model} on {report.device}", markup=False, highlight=False, soft_wrap=True)
+    if run.as_json:
+        print(json.dumps({"title": report.title, "sets": [_plain(item) for item in report.sets]}))
+
+
+def _plain(item: SetScores) -> dict[str, Any]:
+    """A set's scores as JSON has them, without what fills files."""
+    fields = ("variant", "images", "miou", "interval", "pixel_accuracy", "per_class", "seconds")
+    scores = [{name: getattr(score, name) for name in fields} for score in item.scores]
+    published = [
+        {"method": entry.method, "miou_percent": entry.miou, "source": entry.source} for entry in item.published
+    ]
+    return {"set": item.name, "images": item.images, "scores": scores, "published": published}
+
+
+def _scores_table(item: SetScores) -> Table:
+    table = Table(title=item.title, title_justify="left")
+    table.add_column("variant")
+    for column in ("mIoU %", "95 % interval", "pixels %", "images", "ms"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for score in item.scores:
+        low_high = "-" if score.interval is None else f"{100 * score.interval[0]:.2f} to {100 * score.interval[1]:.2f}"
+        table.add_row(
+            score.variant,
+            _percent(score.miou),
+            low_high,
+            _percent(score.pixel_accuracy),
+            str(score.images),
+            f"{1e3 * score.seconds / score.images:.0f}" if score.images else "-",
+        )
+    if item.published:
+        table.add_section()
+    for entry in item.published:
+        table.add_row(f"published: {entry.method}", f"{entry.miou:.1f}", "", "", "", "", style="dim")
+    return table
+
+
+def _names_table(item: SetScores) -> Table:
+    table = Table("name")
+    table.add_column("IoU %", justify="right")
+    for name, value in item.scores[0].per_class.items():
+        table.add_row(name, _percent(value))
+    return table
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.2f}"

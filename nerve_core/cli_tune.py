@@ -1,0 +1,124 @@
+"""`nerve tune`: settings that suit one's own images, with what they gain on images they were not chosen by."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .cli_eval import SETS, Limit, Run, check_out, measures, open_set, progress, show
+from .cli_options import console, words
+
+if TYPE_CHECKING:
+    from .evaluation.runner import SetResult, Tally
+    from .evaluation.variants import Variant
+    from .evaluation.workers import ImageSet
+
+_HELD_OUT = "held-out"
+SETTINGS = "settings.json"
+
+
+@measures
+def tune(
+    run: Run,
+    source: Annotated[str, typer.Argument(help="A labelled folder, or a set's name with --root.")],
+    root: Annotated[Path | None, typer.Option(help="Folder that holds the set that is named.")] = None,
+    trials: Annotated[int, typer.Option(min=2, help="Settings that are tried at most.")] = 60,
+    axes: Annotated[str, typer.Option(help="What is tried, in this order, with commas between.")] = (
+        "head,kernel,beta,alpha,c,steps,threshold"
+    ),
+    held_out: Annotated[float, typer.Option(help="Share of the images that only the result is judged by.")] = 0.5,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draw of those images.")] = 0,
+    limit: Limit = None,
+) -> None:
+    """Search settings on one part of a labelled set, and judge them on the other.
+
+    One setting after the other is changed and the best kept, in rounds, until a round changes nothing or --trials are
+    spent. Images that are held out are looked at once, at the end, and say what is gained and how sure that is. Writes
+    settings.json, to be given as --set @settings.json or to be put into a pair.json.
+    """
+    from .evaluation import summary
+    from .evaluation import tune as tuning
+    from .evaluation.variants import Variant
+    from .report.page import write_report
+
+    if run.out is None:
+        raise ValueError("nerve tune needs --out DIR, for the settings it finds and what it found them by")
+    check_out(run.out, [_HELD_OUT])
+    dataset = _opened(source, root, limit)
+    learnt, judged = tuning.split(dataset, held_out, seed)
+    base = run.base(dataset)
+    console.print(
+        f"at most {trials} settings on {len(learnt.samples)} images, then 2 on the {len(judged.samples)} held out",
+        highlight=False,
+    )
+
+    def measured(number: int, axis: str, variants: Sequence[Variant]) -> Tally:
+        folder = run.out / "tuning" / f"{number:02d}-{axis}"
+        return _count(run, learnt, variants, folder, f"{axis}, {len(variants)} settings").tally
+
+    found, tried = tuning.search(measured, base, words(axes), trials)
+    (run.out / SETTINGS).write_text(json.dumps(found, indent=1) + "\n")
+    both = (Variant(tuning.OWN), Variant(tuning.TUNED, found))
+    result = _count(run, judged, both, run.out / _HELD_OUT, "held-out images")
+    gain = tuning.gain(result)
+    scores = summary.scores(result)
+    report = summary.make_report(
+        "tune",
+        f"Tuning on {dataset.title}",
+        result,
+        [summary.set_scores(result, scores)],
+        base,
+        curves=tuning.curves(dataset.name, base, tried),
+        notes=(
+            f"chosen on {len(learnt.samples)} images; the scores are of {len(judged.samples)} others (seed {seed})",
+            str(gain),
+        ),
+        extra={
+            "What tuning changed": {name: json.dumps(value) for name, value in found.items()} or "nothing",
+            "Gain on held-out images": {
+                "mIoU, points": round(100 * gain.gain, 3),
+                "95 % interval": None if gain.low is None else [round(100 * gain.low, 3), round(100 * gain.high, 3)],
+                "distinguishable": gain.distinguishable,
+            },
+            "Tried on the images tuned on": tuple(
+                {
+                    "round": trial.round,
+                    "axis": trial.axis,
+                    "changed": ", ".join(f"{name} {json.dumps(value)}" for name, value in trial.settings.items()),
+                    "mIoU %, tuned on": None if trial.miou != trial.miou else round(100 * trial.miou, 2),
+                }
+                for trial in tried
+            ),
+        },
+    )
+    path = write_report(report, run.out)
+    show(run, report)
+    console.print(
+        f"settings: {run.out / SETTINGS} ({json.dumps(found)})", markup=False, highlight=False, soft_wrap=True
+    )
+    console.print(f"report: {path}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _opened(source: str, root: Path | None, limit: int | None) -> ImageSet:
+    """The set that is meant. Raises ValueError, DatasetError."""
+    if source in SETS:
+        if root is None:
+            raise ValueError(f"nerve tune {source} needs --root, the folder that holds the set")
+        return open_set(source, root, limit)[0]
+    if root is not None:
+        raise ValueError(f"{source!r} is no set's name, so --root has no meaning; sets are {', '.join(SETS)}")
+    return open_set("folder", Path(source), limit)[0]
+
+
+def _count(run: Run, dataset: ImageSet, variants: Sequence[Variant], folder: Path, title: str) -> SetResult:
+    """One run of several variants."""
+    from .evaluation.runner import open_workers, run_set
+
+    task = run.task(dataset, variants)
+    with closing(open_workers(task, run.workers, run.ray)) as workers, progress(title) as watch:
+        return run_set(task, workers, folder=folder, keep_going=run.keep_going, watch=watch)
