@@ -23,8 +23,8 @@ class RunError(ValueError):
 
 class RunLog:
     """The folder of one run on one set: run.json says what was run, images.jsonl has a line for each image that is
-    done. One process at a time has it; a process that is killed at any point loses what it found in the last two
-    seconds, and nothing else."""
+    done. One process at a time has it. Where the process is killed, at most the line that it was writing is lost; where
+    the machine stops, those of the last two seconds."""
 
     def __init__(self, folder: Path, description: Mapping[str, Any]) -> None:
         """Begin a run, or take it up where it was left: `read` gives what is there.

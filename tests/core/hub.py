@@ -153,7 +153,7 @@ def serve() -> Iterator[Hub]:
                 self.wfile.write(body[: len(body) // 2])
                 self.wfile.flush()
                 hub.reached.set()
-                hub.release.wait(180)
+                hub.release.wait(60)
                 self.close_connection = True
                 return
             self.wfile.write(body)

@@ -233,6 +233,13 @@ def test_a_folder_has_one_writer_and_its_description(told, tmp_path):
         run_set(task, Told(task), folder=tmp_path / "run")
 
 
+def test_a_line_is_in_the_file_as_soon_as_it_is_added(told, tmp_path):
+    log = RunLog(tmp_path / "run", describe(told[0]))
+    log.append({"image": "000000"})
+    assert b"000000" in log.path.read_bytes()
+    log.close()
+
+
 def test_what_was_found_before_an_interruption_is_kept(told, tmp_path):
     task, expected = told
     with pytest.raises(KeyboardInterrupt):

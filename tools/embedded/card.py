@@ -55,7 +55,8 @@ def rows(settings: Settings, grid: tuple[int, int]) -> tuple[Variant, ...]:
     tables = {
         "Parts of the method": (
             *table_variants("table4", "embedded", settings, {}),
-            Variant("preset paper", PRESETS["paper"]),
+            # at the timestep that this U-Net was taught at: the row is about the walk
+            Variant("preset paper", {name: value for name, value in PRESETS["paper"].items() if name != "timestep"}),
         ),
         "Heads": table_variants("table3", "embedded", settings, {}),
         "Steps, truncated walk": table_variants("fig2", "embedded", settings, {}),
