@@ -36,11 +36,13 @@ SETS = {
     "ade20k": "ADE20K validation: 150 classes.",
     "folder": "A labelled folder of your own, in the layout of Pascal VOC with a classes.txt.",
 }
-"""`evaluation.datasets.DATASETS`, which takes seconds to import."""
+"""What each of `evaluation.datasets.DATASETS` is."""
 Head = Annotated[str | None, typer.Option(help="CLIP heads, with commas between; by default the pair's own.")]
 Refine = Annotated[str | None, typer.Option(help="Refinements, with commas between: nerve, none, iseg, sd_mean, sfsa.")]
 Post = Annotated[str | None, typer.Option(help="Post-processing, with commas between: none, pamr.")]
-ReadoutNames = Annotated[str | None, typer.Option(help="Readouts, with commas between: argmax, presence_minmax.")]
+ReadoutNames = Annotated[
+    str | None, typer.Option(help="Readouts, with commas between: argmax, presence_minmax, presence_max, minmax.")
+]
 Limit = Annotated[int | None, typer.Option(min=1, help="Take the first N images alone.")]
 
 
@@ -69,7 +71,7 @@ class Run:
         from .settings import Settings, preset
 
         asked = {} if dataset is None else dataset.settings
-        own = Settings().replaced(find_pair(self.model).settings)
+        own = Settings.of_pair(find_pair(self.model))
         return own.replaced({**preset(self.preset), **asked, **self.settings})
 
     def task(self, dataset: ImageSet, variants: Sequence[Variant]) -> Task:

@@ -31,6 +31,7 @@ from .templates import template_set
 from .text import QueryEmbeddings, TextEncoder, exhaust, vocabulary_steps
 from .text_cache import EmbeddingCache, cache_folder
 from .vocabulary import UNLABELLED, Vocabulary
+from .weights import hub_is_off
 
 _VOCABULARIES_KEPT = 32
 _log = logging.getLogger(__name__)
@@ -143,15 +144,11 @@ class Segmenter:
         """
         where = _device(device)
         found = find_pair(pair)
-        try:
-            own = Settings().replaced(found.settings)
-        except ValueError as error:
-            raise ModelError(f"the settings of pair {pair!r} cannot be used: {error}; correct its pair.json") from error
-        chosen = own.replaced(preset_overrides(preset)).replaced(settings or {})
+        chosen = Settings.of_pair(found).replaced(preset_overrides(preset)).replaced(settings or {})
         if revision:
             found = dataclasses.replace(found, diffusion=dataclasses.replace(found.diffusion, revision=revision))
         if offline is None:
-            offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
+            offline = hub_is_off()
         cache = None if cache_dir is None or cache_dir == "" else Path(cache_dir).expanduser()
         if where.type == "cuda":  # sums of half-precision products stay in float32
             torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False

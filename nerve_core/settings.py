@@ -12,6 +12,7 @@ from .affinity import AffinityConfig
 from .dense_clip import ClipConfig
 from .diffusion import DiffusionConfig
 from .fusion import FusionConfig
+from .pairs import ModelError, ModelPair
 from .random_walk import WalkConfig
 from .readout import ReadoutConfig
 
@@ -45,6 +46,16 @@ class Settings:
     fusion: FusionConfig = field(default_factory=FusionConfig)
     walk: WalkConfig = field(default_factory=WalkConfig)
     readout: ReadoutConfig = field(default_factory=ReadoutConfig)
+
+    @classmethod
+    def of_pair(cls, pair: ModelPair) -> Settings:
+        """A model pair's own settings. Raises ModelError for those that cannot be used."""
+        try:
+            return cls().replaced(pair.settings)
+        except ValueError as error:
+            raise ModelError(
+                f"the settings of pair {pair.name!r} cannot be used: {error}; correct its pair.json"
+            ) from error
 
     @classmethod
     def names(cls) -> dict[str, str]:

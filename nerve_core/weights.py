@@ -109,6 +109,11 @@ class Download:
         return sum(file.size for file in self.absent)
 
 
+def hub_is_off() -> bool:
+    """Whether HF_HUB_OFFLINE forbids to ask the hub."""
+    return os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
+
+
 def local_folder(source: Source, files: ModelFiles, *, cache_dir: str | None, offline: bool) -> Path:
     """The folder that holds a source's files: its own, or the hub's cache, fetched first where files are missing.
 

@@ -35,13 +35,14 @@ import typer
 import yaml
 from rich.console import Console
 from rich.progress import track
-from rosbags.interfaces import Qos, QosDurability, QosHistory, QosLiveliness, QosReliability, QosTime
 from rosbags.rosbag2 import StoragePlugin, Writer
-from rosbags.typesys import Stores, get_types_from_msg, get_typestore
 from rosbags.typesys.store import Typestore
 
 from nerve_core.embedded import scenes
 from nerve_core.embedded.scenes import NAMES, STUFF, Scene, draw_scene
+from nerve_core.replay import messages, writing
+from nerve_core.replay.messages import COMPRESSED_IMAGE, LABEL_INFO, header_message, label_info_message, typestore
+from nerve_core.replay.writing import qos
 
 IMAGE_TOPIC = "/camera/image/compressed"
 CAMERA_INFO_TOPIC = "/camera/camera_info"
@@ -79,9 +80,6 @@ _PLACES = (
     {"tiles", "floor", "carpet"},  # indoors
     {"grass", "gravel", "road"},  # a yard
 )
-
-_LABEL_INFO = "std_msgs/Header header\nvision_msgs/VisionClass[] class_map\nfloat32 threshold\n"
-_VISION_CLASS = "uint16 class_id\nstring class_name\n"
 
 Progress = Callable[[Iterable], Iterable]
 
@@ -177,7 +175,7 @@ def expose(image: np.ndarray, seconds: float, rng: np.random.Generator) -> np.nd
 def generator_digest(options: Options) -> str:
     """Changes with the options, the sources that a bag is made by and what turns them into bytes."""
     digest = hashlib.sha256(json.dumps(asdict(options)).encode())
-    for source in (__file__, scenes.__file__):
+    for source in (__file__, scenes.__file__, messages.__file__, writing.__file__):
         digest.update(Path(source).read_bytes())
     for package in ("numpy", "opencv-python-headless", "rosbags"):
         digest.update(_version(package).encode())
@@ -230,18 +228,18 @@ def _grounds(scene: Scene) -> set[str]:
 
 
 def _write(out: Path, options: Options, digest: str, progress: Progress) -> None:
-    store = get_typestore(Stores.ROS2_JAZZY)
-    store.register(get_types_from_msg(_VISION_CLASS, "vision_msgs/msg/VisionClass"))
-    store.register(get_types_from_msg(_LABEL_INFO, "vision_msgs/msg/LabelInfo"))
+    store = typestore()
     with Writer(out, version=Writer.VERSION_LATEST, storage_plugin=StoragePlugin.MCAP) as writer:
         writer.set_custom_data(CUSTOM_DATA, json.dumps({**asdict(options), "digest": digest}))
         connections = {
-            topic: writer.add_connection(topic, kind, typestore=store, offered_qos_profiles=[_qos(latched)])
+            topic: writer.add_connection(
+                topic, kind, typestore=store, offered_qos_profiles=[qos(latched, 1 if latched else 10)]
+            )
             for topic, kind, latched in (
-                (LABEL_INFO_TOPIC, "vision_msgs/msg/LabelInfo", True),
-                (IMAGE_TOPIC, "sensor_msgs/msg/CompressedImage", False),
+                (LABEL_INFO_TOPIC, LABEL_INFO, True),
+                (IMAGE_TOPIC, COMPRESSED_IMAGE, False),
                 (CAMERA_INFO_TOPIC, "sensor_msgs/msg/CameraInfo", False),
-                (LABELS_TOPIC, "sensor_msgs/msg/CompressedImage", False),
+                (LABELS_TOPIC, COMPRESSED_IMAGE, False),
             )
         }
         for topic, nanoseconds, message in _messages(store, options, progress):
@@ -252,11 +250,9 @@ def _write(out: Path, options: Options, digest: str, progress: Progress) -> None
 def _messages(store: Typestore, options: Options, progress: Progress) -> Iterator[tuple[str, int, object]]:
     """Topic, stamp in nanoseconds and message, in the order of time."""
     types = store.types
-    label_class = types["vision_msgs/msg/VisionClass"]
-    classes = [label_class(number, name) for number, name in enumerate(("background", *NAMES))]
-    info = types["vision_msgs/msg/LabelInfo"](_header(store, START * 10**9), classes, 0.0)
-    yield LABEL_INFO_TOPIC, START * 10**9, info
-    compressed = types["sensor_msgs/msg/CompressedImage"]
+    header = header_message(START * 10**9, FRAME_ID)
+    yield LABEL_INFO_TOPIC, START * 10**9, label_info_message(header, NAMES, 0.0)
+    compressed = types[COMPRESSED_IMAGE]
     worlds, current = draw_worlds(options.seed), -1
     for number in progress(range(options.images)):
         world = number * WORLDS // options.images
@@ -267,17 +263,12 @@ def _messages(store: Typestore, options: Options, progress: Progress) -> Iterato
         image, labels = film(scene, pose)
         image = expose(image, number / RATE, np.random.default_rng((options.seed, number)))
         nanoseconds = START * 10**9 + number * 10**9 // RATE
-        header = _header(store, nanoseconds)
+        header = header_message(nanoseconds, FRAME_ID)
         jpeg = _jpeg(image)
         yield IMAGE_TOPIC, nanoseconds, compressed(header, "rgb8; jpeg compressed bgr8", jpeg)
         yield CAMERA_INFO_TOPIC, nanoseconds, _camera_info(store, header, FOCAL_LENGTH / pose.scale)
         png = _encoded(".png", labels, [cv2.IMWRITE_PNG_COMPRESSION, 9])
         yield LABELS_TOPIC, nanoseconds, compressed(header, "mono8; png compressed ", png)
-
-
-def _header(store: Typestore, nanoseconds: int) -> object:
-    stamp = store.types["builtin_interfaces/msg/Time"](*divmod(nanoseconds, 10**9))
-    return store.types["std_msgs/msg/Header"](stamp, FRAME_ID)
 
 
 def _camera_info(store: Typestore, header: object, focal: float) -> object:
@@ -303,21 +294,6 @@ def _encoded(suffix: str, image: np.ndarray, options: list[int]) -> np.ndarray:
     if not written:
         raise RuntimeError(f"OpenCV could not write a {suffix} image")
     return data.ravel()
-
-
-def _qos(latched: bool) -> Qos:
-    never = QosTime(9223372036, 854775807)
-    return Qos(
-        history=QosHistory.KEEP_LAST,
-        depth=1 if latched else 10,
-        reliability=QosReliability.RELIABLE,
-        durability=QosDurability.TRANSIENT_LOCAL if latched else QosDurability.VOLATILE,
-        deadline=never,
-        lifespan=never,
-        liveliness=QosLiveliness.AUTOMATIC,
-        liveliness_lease_duration=never,
-        avoid_ros_namespace_conventions=False,
-    )
 
 
 def main(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 from ..pairs import find_pair
 from ..report.data import Curve, Published, SetScores
 from ..settings import Settings
-from ..weights import DIFFUSION_FILES, local_folder
+from ..weights import DIFFUSION_FILES, hub_is_off, local_folder
 from .variants import Variant, combinations
 
 _PAPER = "arXiv 2511.08248, Table 1"
@@ -76,8 +75,7 @@ def count_heads(model: str, settings: Settings) -> int:
     import torch
     from diffusers import UNet2DConditionModel
 
-    offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
-    folder = local_folder(find_pair(model).diffusion, DIFFUSION_FILES, cache_dir=None, offline=offline)
+    folder = local_folder(find_pair(model).diffusion, DIFFUSION_FILES, cache_dir=None, offline=hub_is_off())
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(json.loads((folder / "unet" / "config.json").read_text()))
     taps = (unet.up_blocks[block].attentions[place] for block, place in settings.diffusion.taps)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..pairs import find_pair
-from ..weights import FILES, digest, local_folder, weight_file
+from ..weights import FILES, digest, hub_is_off, local_folder, weight_file
 from .metric import ConfusionMatrix, mean_iou
 from .runlog import RunError, RunLog
 from .variants import Variant, settings_of
@@ -115,8 +114,7 @@ def _weights(task: Task) -> dict[str, str]:
     for part, source in pair.sources.items():
         if part == "taesd" and not tiny:
             continue
-        offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
-        folder = local_folder(source, FILES[part], cache_dir=None, offline=offline)
+        folder = local_folder(source, FILES[part], cache_dir=None, offline=hub_is_off())
         for stem in FILES[part].weights:
             path = weight_file(folder, stem, half=task.precision == "fp16")
             found[f"{part}/{path.relative_to(folder).as_posix()}"] = digest(path)

@@ -157,7 +157,7 @@ def make_report(
         model=result.description["model"]["pair"],
         versions=result.description["versions"],
         settings=settings.flat(),
-        defaults=Settings().replaced(find_pair(task.model).settings).flat(),
+        defaults=Settings.of_pair(find_pair(task.model)).flat(),
         sets=tuple(sets),
         **more,
     )

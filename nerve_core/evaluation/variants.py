@@ -78,7 +78,7 @@ def settings_of(
     twice = {variant.name for variant in variants if sum(variant.name == other.name for other in variants) > 1}
     if twice or not variants:
         raise ValueError(f"variants need names of their own; got {', '.join(sorted(twice)) or 'no variant'}")
-    own = Settings().replaced(find_pair(model).settings).replaced(preset_overrides(preset))
+    own = Settings.of_pair(find_pair(model)).replaced(preset_overrides(preset))
     found = {variant.name: own.replaced({**shared, **variant.settings}) for variant in variants}
     if any(settings.walk.previous_frame_start for settings in found.values()):
         raise ValueError("previous_frame_start is for streams; images of a set have no order: leave it off")

@@ -5,14 +5,16 @@ from __future__ import annotations
 import functools
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rosbags.typesys import Stores, get_types_from_msg, get_typestore
 from rosbags.typesys.store import Typestore
 
-from ..segmenter import Segmentation
 from ..vocabulary import BACKGROUND, UNLABELLED
+
+if TYPE_CHECKING:
+    from ..segmenter import Segmentation
 
 IMAGE = "sensor_msgs/msg/Image"
 COMPRESSED_IMAGE = "sensor_msgs/msg/CompressedImage"

@@ -222,7 +222,7 @@ def replay(
         model=segmenter.description,
         versions=versions() | {"opencv": cv2.__version__, "rosbags": version("rosbags")},
         settings=segmenter.settings.flat(),
-        defaults={} if pair is None else Settings().replaced(find_pair(pair).settings).flat(),
+        defaults={} if pair is None else Settings.of_pair(find_pair(pair)).flat(),
         source=str(path),
         bag="bag" if bag else "",
         cameras=tuple(reported),

@@ -10,13 +10,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
 
-from ..segmenter import Segmentation
 from ..visualize import overlay
 from .frames import Frame
+
+if TYPE_CHECKING:
+    from ..segmenter import Segmentation
 
 WIDTH = 480
 """Pixels of the video's longer side, at most: VP8 takes as long for 640 as a third of the embedded pair's frame on two
@@ -64,7 +67,7 @@ class OverlayVideo:
         self._write()
         self._put(self._pending.pop()[1], 1)
         self._writer.release()
-        if not _opens(self._path):
+        if not opens(self._path):
             raise RuntimeError(f"the video {self._path} was written, but OpenCV {cv2.__version__} cannot read it back")
         return True
 
@@ -113,7 +116,7 @@ def _standard_error() -> Iterator[Sequence[str]]:
             said.append(file.read().decode(errors="replace"))
 
 
-def _opens(path: Path) -> bool:
+def opens(path: Path) -> bool:
     """Whether a video's first picture can be read."""
     capture = cv2.VideoCapture(str(path))
     try:

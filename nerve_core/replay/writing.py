@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rosbags.interfaces import Qos, QosDurability, QosHistory, QosLiveliness, QosReliability, QosTime
 from rosbags.rosbag2 import CompressionFormat, CompressionMode, StoragePlugin, Writer
 
-from ..segmenter import Segmentation
 from .frames import Frame, camera_names
 from .messages import (
     CLASS_CONFIDENCES,
@@ -22,6 +21,9 @@ from .messages import (
     mono8_message,
     typestore,
 )
+
+if TYPE_CHECKING:
+    from ..segmenter import Segmentation
 
 
 class ResultBag:
@@ -45,7 +47,7 @@ class ResultBag:
                     f"{name}/segmentation/{part}",
                     kind,
                     typestore=typestore(),
-                    offered_qos_profiles=[_qos(latched=part == "label_info")],
+                    offered_qos_profiles=[qos(latched=part == "label_info")],
                 )
                 for part, kind in (
                     ("label_info", LABEL_INFO),
@@ -77,11 +79,12 @@ class ResultBag:
         self._writer.close()
 
 
-def _qos(latched: bool) -> Qos:
+def qos(latched: bool, depth: int = 1) -> Qos:
+    """Reliable, the last `depth` messages; latched: those who come later get them too."""
     never = QosTime(9223372036, 854775807)
     return Qos(
         history=QosHistory.KEEP_LAST,
-        depth=1,
+        depth=depth,
         reliability=QosReliability.RELIABLE,
         durability=QosDurability.TRANSIENT_LOCAL if latched else QosDurability.VOLATILE,
         deadline=never,

@@ -8,6 +8,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from nerve_core.replay.video import opens
 from nerve_core.visualize import contact_sheet, overlay
 from nerve_ros.demo.recording import Recording
 from nerve_ros.demo.report import Asked, Segmented
@@ -49,7 +50,7 @@ def write_video(
                 writer.write(picture)
     finally:
         writer.release()
-    if not _opens(path):
+    if not opens(path):
         raise RuntimeError(f"the video {path} was written, but OpenCV {cv2.__version__} cannot read it back")
 
 
@@ -77,15 +78,6 @@ def draw(recording: Recording, asked: Sequence[Asked], seen: Segmented) -> np.nd
         names[number - 1] = name
     picture = overlay(image, seen.answer.labels, names)
     return np.vstack([picture, _bar(picture.shape[1], recording, asked, seen)])
-
-
-def _opens(path: Path) -> bool:
-    """Whether a video's first picture can be read."""
-    capture = cv2.VideoCapture(str(path))
-    try:
-        return capture.read()[0]
-    finally:
-        capture.release()
 
 
 def _bar(width: int, recording: Recording, asked: Sequence[Asked], seen: Segmented) -> np.ndarray:

@@ -83,7 +83,7 @@ def forget_unet(segmenter: Segmenter) -> None:
 
 def measure(seed: int, count: int) -> dict[str, ConfusionMatrix]:
     """Every row on the same scenes."""
-    settings = Settings().replaced(find_pair("embedded").settings)
+    settings = Settings.of_pair(find_pair("embedded"))
     untrained = Variants("embedded", [Variant(CONTROL)], device="cpu")
     trained = Variants("embedded", rows(settings, untrained.segmenters[CONTROL].grid), device="cpu")
     forget_unet(untrained.segmenters[CONTROL])
@@ -109,7 +109,7 @@ def main(
     for name, matrix in matrices.items():
         title, _, row = name.partition("|")
         miou.setdefault(title, {})[row] = round(matrix.mean_iou(), 4)
-    settings = Settings().replaced(find_pair("embedded").settings)
+    settings = Settings.of_pair(find_pair("embedded"))
     content = {
         "seed": seed,
         "count": count,
