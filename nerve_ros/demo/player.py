@@ -32,6 +32,7 @@ from sensor_msgs.msg import CameraInfo, Image
 from std_msgs.msg import Header
 from vision_msgs.msg import LabelInfo
 
+from nerve_ros.demo.collector import NODE
 from nerve_ros.demo.recording import Recording, RecordingError, read_recording
 from nerve_ros.demo.schedule import Asking, load_schedule, usual_schedule
 from nerve_ros.demo.spinning import Spinning
@@ -75,11 +76,10 @@ class Player:
         """Return when a node takes images and serves `asking`. Raises PlayerError after `patience` seconds."""
         wanted = {name.casefold() for name in asking.names}
         deadline = time.monotonic() + patience
-        # One class more is the background, whatever it is called.
-        while not (self._serves(wanted) and self._image.get_subscription_count()):
+        while not (self._serves(wanted) and self._is_heard()):
             if time.monotonic() > deadline:
                 told = f"its classes are {sorted(self._classes)}" if self._classes else "no LabelInfo came"
-                missing = "nobody takes images" if self._serves(wanted) else told
+                missing = "it serves the names, but takes no best-effort images there" if self._serves(wanted) else told
                 raise PlayerError(
                     f"no node took '{', '.join(asking.names)}' and images on {self._image.topic_name} within "
                     f"{patience:.0f} s; {missing}"
@@ -89,7 +89,18 @@ class Player:
         self._tell("ready")
 
     def _serves(self, wanted: set[str]) -> bool:
+        # One class more is the background, whatever it is called.
         return wanted <= self._classes and len(self._classes) <= len(wanted) + 1
+
+    def _is_heard(self) -> bool:
+        """Whether images reach the node, and every other that is known to take them as they are sent."""
+        listeners = [
+            (one.node_name, one.node_namespace)
+            for one in self._node.get_subscriptions_info_by_topic(self._image.topic_name)
+            if (one.qos_profile.reliability, one.qos_profile.durability) == (CAMERA.reliability, CAMERA.durability)
+        ]
+        node = (NODE, self._node.get_namespace())
+        return node in listeners and self._image.get_subscription_count() >= len(listeners)
 
     def play(self, recording: Recording, schedule: tuple[Asking, ...], rate: float) -> int:
         """Publish every image at its time, `rate` times as fast as it was filmed; how many images went out.

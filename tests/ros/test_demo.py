@@ -222,7 +222,7 @@ def listener(env: dict[str, str], classes: tuple[str, ...]) -> Iterator[dict[str
         signal_handler_options=SignalHandlerOptions.NO,
     )
     heard: dict[str, list] = {"image": [], "camera_info": [], "vocabulary": []}
-    node = rclpy.create_node("stand_in", context=context)
+    node = rclpy.create_node("nerve", context=context)
 
     def note(topic: str) -> Callable:
         return lambda message: heard[topic].append((time.monotonic(), message))
