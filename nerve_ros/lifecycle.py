@@ -252,10 +252,17 @@ class NerveNode(LifecycleNode):
             self.get_logger().error(f"transition {transition_id} is not possible while {self.state}: {error}")
             return TransitionCallbackReturn.ERROR
 
+    def _image_name(self) -> str:
+        """The topic of images, as a subscription takes it: whatever `image/compressed` is remapped to; where that is
+        left alone, it lies beside the topic that `image` is remapped to."""
+        if self._config.image_transport != "compressed":
+            return "image"
+        name = "image/compressed"
+        if self.resolve_topic_name(name) != self.resolve_topic_name(name, only_expand=True):
+            return name
+        return f"{self.resolve_topic_name('image')}/compressed"
+
     def _subscribe(self) -> None:
-        base = self.resolve_topic_name("image")
-        compressed = self._config.image_transport == "compressed"
-        self._image_topic = f"{base}/compressed" if compressed else base
         self._told.discard("no image")
         policies = (
             QoSPolicyKind.HISTORY,
@@ -270,7 +277,9 @@ class NerveNode(LifecycleNode):
             overrides = QoSOverridingOptions(policies)
             self._inputs.append(self.create_subscription(kind, topic, callback, qos, qos_overriding_options=overrides))
 
-        subscribe(CompressedImage if compressed else Image, self._image_topic, self._on_image)
+        kind = CompressedImage if self._config.image_transport == "compressed" else Image
+        subscribe(kind, self._image_name(), self._on_image)
+        self._image_topic = self._inputs[0].topic_name
         if self._config.use_depth:
             subscribe(Image, "depth", self._depth.depth)
             subscribe(CameraInfo, "camera_info", self._depth.camera_info)
