@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
-from rosbags.highlevel import AnyReader, AnyReaderError
+
+from nerve_core.replay.frames import label_names
+from nerve_core.replay.reading import Bag, BagError, MessageError
+from nerve_core.replay.salvage import Stored
+from nerve_core.vocabulary import BACKGROUND
 
 IMAGE_TOPIC = "/camera/image/compressed"
 CAMERA_INFO_TOPIC = "/camera/camera_info"
@@ -68,47 +72,40 @@ class Recording:
 
 def read_recording(bag: Path) -> Recording:
     """Read the bag in the folder `bag` into memory. Raises RecordingError where it lacks something."""
-    topics = (IMAGE_TOPIC, LABELS_TOPIC, CAMERA_INFO_TOPIC, LABEL_INFO_TOPIC)
-    if not bag.is_dir():
-        raise RecordingError(f"there is no bag {bag}; to make one: python tools/sample_bag.py --out {bag}")
-    found: dict[str, dict[int, object]] = {topic: {} for topic in topics}
+    topics = (IMAGE_TOPIC, LABELS_TOPIC, CAMERA_INFO_TOPIC)
+    found: dict[str, dict[int, Stored]] = {topic: {} for topic in topics}
     try:
-        with AnyReader([bag]) as reader:
-            connections = [connection for connection in reader.connections if connection.topic in topics]
-            for connection, stamp, raw in reader.messages(connections):
-                message = reader.deserialize(raw, connection.msgtype)
-                kept = (message, bytes(raw)) if connection.topic == CAMERA_INFO_TOPIC else message
-                found[connection.topic][stamp] = kept
-    except (AnyReaderError, OSError) as error:
-        raise RecordingError(f"{bag} cannot be read as a rosbag2 bag: {error}") from error
-    stamps = sorted(set(found[IMAGE_TOPIC]) & set(found[LABELS_TOPIC]) & set(found[CAMERA_INFO_TOPIC]))
-    if not stamps or not found[LABEL_INFO_TOPIC]:
+        with Bag(bag) as opened:
+            names = _names(label_names(opened, LABEL_INFO_TOPIC, beside=LABELS_TOPIC))
+            for stored in opened.messages(topics):
+                found[stored.topic][stored.time] = stored
+            images, labels, camera_infos = (found[topic] for topic in topics)
+            frames = tuple(
+                _recorded(
+                    stamp, opened.deserialize(images[stamp]), opened.deserialize(labels[stamp]), camera_infos[stamp]
+                )
+                for stamp in sorted(set(images) & set(labels) & set(camera_infos))
+            )
+    except (BagError, MessageError) as error:
+        raise RecordingError(f"{error}; a bag that will do: python tools/sample_bag.py --out NEW_FOLDER") from error
+    if not frames:
         counts = ", ".join(f"{len(found[topic])} on {topic}" for topic in topics)
         raise RecordingError(
-            f"{bag} has no image with labels and camera_info of one stamp, or no label_info ({counts}); "
-            "tools/sample_bag.py makes a bag that does"
+            f"{bag} has no image with labels and camera_info of one stamp ({counts}); tools/sample_bag.py makes a bag "
+            "that does"
         )
-    info = next(iter(found[LABEL_INFO_TOPIC].values()))
-    return Recording(
-        tuple(
-            Recorded(
-                stamp,
-                found[IMAGE_TOPIC][stamp].header.frame_id,
-                found[IMAGE_TOPIC][stamp].data.tobytes(),
-                found[LABELS_TOPIC][stamp].data.tobytes(),
-                found[CAMERA_INFO_TOPIC][stamp][1],
-            )
-            for stamp in stamps
-        ),
-        _names(info.class_map),
-    )
+    return Recording(frames, names)
 
 
-def _names(class_map: Sequence) -> tuple[str, ...]:
-    by_id = {int(entry.class_id): entry.class_name for entry in class_map if entry.class_id}
-    if sorted(by_id) != list(range(1, len(by_id) + 1)):
-        raise RecordingError(f"the labels of the bag are {sorted(by_id)}; accepted: 1, 2, 3, ... without a gap")
-    return tuple(by_id[number] for number in sorted(by_id))
+def _recorded(stamp: int, image: Any, labels: Any, camera_info: Stored) -> Recorded:
+    return Recorded(stamp, image.header.frame_id, image.data.tobytes(), labels.data.tobytes(), camera_info.data)
+
+
+def _names(by_id: dict[int, str]) -> tuple[str, ...]:
+    labels = sorted(number for number in by_id if number != BACKGROUND)
+    if labels != list(range(1, len(labels) + 1)):
+        raise RecordingError(f"the labels of the bag are {labels}; accepted: 1, 2, 3, ... without a gap")
+    return tuple(by_id[number] for number in labels)
 
 
 def _decoded(data: bytes, flags: int) -> np.ndarray:
