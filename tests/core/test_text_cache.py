@@ -3,18 +3,15 @@
 import json
 import logging
 import multiprocessing
-import os
-import shutil
 import sqlite3
-import tempfile
 import threading
 from contextlib import closing
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from nerve_core.text_cache import EmbeddingCache, cache_folder, space_of
+from unprivileged import without_privileges
 
 FORK = multiprocessing.get_context("fork")
 
@@ -282,40 +279,15 @@ def test_a_folder_that_cannot_be_made_is_said_once_and_the_run_goes_on(tmp_path,
     assert "cache_dir" in caplog.text
 
 
-def as_nobody(job):
-    """Run `job` in a process without the rights that root has."""
-
-    def run():
-        if os.geteuid() == 0:
-            os.setgid(65534)
-            os.setuid(65534)
-        job()
-
-    process = FORK.Process(target=run)
-    process.start()
-    process.join(60)
-    assert process.exitcode == 0
-
-
-@pytest.fixture
-def open_folder():
-    """A folder that every user may look into, unlike pytest's own."""
-    folder = Path(tempfile.mkdtemp())
-    folder.chmod(0o755)
-    yield folder
-    folder.chmod(0o755)
-    shutil.rmtree(folder)
-
-
-def test_a_read_only_folder_still_serves(open_folder):
-    EmbeddingCache(open_folder).put("here", vectors(3))
-    next(open_folder.iterdir()).chmod(0o444)
-    open_folder.chmod(0o555)
+def test_a_read_only_folder_still_serves(tmp_path):
+    EmbeddingCache(tmp_path).put("here", vectors(3))
+    next(tmp_path.iterdir()).chmod(0o444)
+    tmp_path.chmod(0o555)
 
     def job():
         heard = []
         logging.getLogger("nerve_core.text_cache").addFilter(heard.append)
-        cache = EmbeddingCache(open_folder)
+        cache = EmbeddingCache(tmp_path)
         same(cache.get("here", vectors(4)), vectors(3))
         assert heard == []
         for _ in range(2):
@@ -327,24 +299,24 @@ def test_a_read_only_folder_still_serves(open_folder):
         with pytest.raises(OSError, match="cannot be cleared"):
             cache.clear()
 
-    as_nobody(job)
-    same(EmbeddingCache(open_folder).get("here", vectors(3)), vectors(3))
+    without_privileges(job)
+    same(EmbeddingCache(tmp_path).get("here", vectors(3)), vectors(3))
 
 
-def test_a_file_that_must_not_be_read_is_said_once_and_left_alone(open_folder):
-    EmbeddingCache(open_folder).put("here", vectors(3))
-    next(open_folder.iterdir()).chmod(0o000)
+def test_a_file_that_must_not_be_read_is_said_once_and_left_alone(tmp_path):
+    EmbeddingCache(tmp_path).put("here", vectors(3))
+    next(tmp_path.iterdir()).chmod(0o000)
 
     def job():
         heard = []
         logging.getLogger("nerve_core.text_cache").addFilter(heard.append)
-        cache = EmbeddingCache(open_folder)
+        cache = EmbeddingCache(tmp_path)
         for _ in range(2):
             assert cache.get("here", vectors(3)) == {}
             cache.put("here", vectors(1))
         assert len(heard) == 1
 
-    as_nobody(job)
+    without_privileges(job)
 
 
 def test_a_full_disk_keeps_what_was_there(tmp_path, caplog, monkeypatch):

@@ -31,6 +31,7 @@ from nerve_core.weights import (
     plan,
     weight_file,
 )
+from unprivileged import without_privileges
 
 NAMES = {"clip": "someone/small-clip", "diffusion": "someone/small-diffusion"}
 CLIP, DIFFUSION = Source(NAMES["clip"]), Source(NAMES["diffusion"])
@@ -420,12 +421,37 @@ def test_a_disk_that_fills_up_is_said_and_nothing_half_written_stays(hub, cache,
     assert not [path for path in Path(cache).rglob("*") if path.is_file() and b"half" in path.read_bytes()]
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_cache_that_cannot_be_written_is_said(hub, tmp_path):
     shut = tmp_path / "shut"
     shut.mkdir(mode=0o500)
-    with pytest.raises(ModelError, match=r"cannot be written to .*; correct its owner, or name another cache"):
-        pull(CLIP, CLIP_FILES, str(shut / "hub"))
+
+    def job():
+        with pytest.raises(ModelError, match=r"cannot be written to .*; correct its owner, or name another cache"):
+            pull(CLIP, CLIP_FILES, str(shut / "hub"))
+
+    without_privileges(job)
+    assert hub.fetched() == []
+
+
+def test_a_cache_that_holds_everything_serves_read_only(hub, cache):
+    first = pull(CLIP, CLIP_FILES, cache)
+    fetched = hub.fetched()
+    folders = [path for path in (Path(cache), *Path(cache).rglob("*")) if path.is_dir() and not path.is_symlink()]
+    for folder in folders:
+        folder.chmod(0o555)
+
+    def job():
+        with pytest.raises(PermissionError):
+            (Path(cache) / "new").touch()
+        assert pull(CLIP, CLIP_FILES, cache) == first
+        assert local_folder(CLIP, CLIP_FILES, cache_dir=cache, offline=True) == first
+
+    try:
+        without_privileges(job)
+    finally:
+        for folder in folders:
+            folder.chmod(0o755)
+    assert hub.fetched() == fetched
 
 
 def test_a_refused_write_is_said(hub, cache, monkeypatch):
