@@ -611,7 +611,7 @@ def test_what_rviz_and_foxglove_are_told_to_show_is_there(rig, station):
             assert String(**json.loads(settings["value"])).data
         else:
             pytest.fail(f"nobody has looked at {panel}")
-    assert len(topics) == 7
+    assert len(topics) == 6
     until(
         lambda: topics.items() <= {name: kinds[0] for name, kinds in station.get_topic_names_and_types()}.items(),
         topics,
