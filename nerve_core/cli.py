@@ -20,7 +20,7 @@ from rich.table import Table
 from .cli_bench import bench
 from .cli_eval import evaluate
 from .cli_models import models
-from .cli_options import AsJson, Device, Model, Precision, Preset, Set, console, load, words
+from .cli_options import AsJson, Device, Model, Precision, Preset, Set, console, load, say, words
 from .cli_report import report
 from .cli_tune import tune
 
@@ -167,5 +167,5 @@ def main() -> None:
     try:
         app()
     except (ValueError, RuntimeError, OSError) as error:  # ModelError is a RuntimeError
-        console.print(f"nerve: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+        say(f"nerve: {error}", style="bold red")
         raise SystemExit(2) from None

@@ -43,9 +43,9 @@ def walk(
 ) -> None:
     """Time the walk from Q, K and G beside plain versions of other refinements, on a made-up scene."""
     compare_walks = load_benchmark("walk").compare_walks
-    import torch
+    from .segmenter import find_device
 
-    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    chosen = str(find_device(device))
     with console.status("drawing the scene") as status:
         found = compare_walks(grid, names, chosen, repeats=repeats, large=large, said=status.update)
     console.print(_walk_table(found))
@@ -136,15 +136,14 @@ def frame(
 ) -> None:
     """Time a whole frame beside plain diffusers and transformers, each in a process of its own."""
     benchmark = load_benchmark("frame")
-    import torch
-
     from .models import quiet_libraries
+    from .segmenter import find_device
 
     quiet_libraries()
     columns, _, rows = size.partition("x")
     if not (columns.isdigit() and rows.isdigit() and int(columns) and int(rows)):
         raise ValueError(f"--size {size} is no size; write WIDTHxHEIGHT, as in 640x480")
-    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    chosen = str(find_device(device))
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as scratch:
         place: str | Path = model

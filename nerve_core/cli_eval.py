@@ -15,12 +15,13 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .cli_options import AsJson, Device, Model, Precision, Preset, Set, console, read_settings, words
+from .cli_options import AsJson, Device, Model, Precision, Preset, Set, console, read_settings, say, words
 
 if TYPE_CHECKING:
     from .evaluation.datasets import Dataset
+    from .evaluation.runner import SetResult
     from .evaluation.variants import Variant
-    from .evaluation.workers import ImageSet, Task
+    from .evaluation.workers import ImageSet, Task, Workers
     from .report.data import Report, SetScores
     from .settings import Settings
 
@@ -37,12 +38,7 @@ SETS = {
     "folder": "A labelled folder of your own, in the layout of Pascal VOC with a classes.txt.",
 }
 """What each of `evaluation.datasets.DATASETS` is."""
-Head = Annotated[str | None, typer.Option(help="CLIP heads, with commas between; by default the pair's own.")]
-Refine = Annotated[str | None, typer.Option(help="Refinements, with commas between: nerve, none, iseg, sd_mean, sfsa.")]
-Post = Annotated[str | None, typer.Option(help="Post-processing, with commas between: none, pamr.")]
-ReadoutNames = Annotated[
-    str | None, typer.Option(help="Readouts, with commas between: argmax, presence_minmax, presence_max, minmax.")
-]
+Axes = Mapping[str, Sequence[str]]
 Limit = Annotated[int | None, typer.Option(min=1, help="Take the first N images alone.")]
 
 
@@ -68,11 +64,10 @@ class Run:
         Raises ModelError, ValueError.
         """
         from .pairs import find_pair
-        from .settings import Settings, preset
+        from .settings import Settings
 
         asked = {} if dataset is None else dataset.settings
-        own = Settings.of_pair(find_pair(self.model))
-        return own.replaced({**preset(self.preset), **asked, **self.settings})
+        return Settings.of_pair(find_pair(self.model), self.preset, {**asked, **self.settings})
 
     def task(self, dataset: ImageSet, variants: Sequence[Variant]) -> Task:
         """A run on one set. Raises ModelError, ValueError."""
@@ -118,43 +113,63 @@ def _run(
     return Run(model, device, precision, preset, read_settings(set_), threads, out, workers, ray, keep_going, as_json)
 
 
-def measures(function: Callable[..., None]) -> Callable[..., None]:
-    """A command that has the options of every measurement besides its own parameters, and gets them as `run`."""
-    hints = {**get_type_hints(function, include_extras=True), **get_type_hints(_run, include_extras=True)}
-    shared = inspect.signature(_run).parameters
-    own = [part for name, part in inspect.signature(function).parameters.items() if name != "run"]
+def taking(name: str, build: Callable[..., Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A command that has the options of `build` in place of its parameter `name`, which gets what `build` makes."""
+    hints, shared = get_type_hints(build, include_extras=True), inspect.signature(build).parameters
 
-    def command(**given: Any) -> None:
-        run = _run(**{name: given.pop(name) for name in shared})
-        function(run=run, **given)
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        def command(**given: Any) -> None:
+            made = build(**{option: given.pop(option) for option in shared})
+            function(**given, **{name: made})
 
-    command.__name__, command.__doc__ = function.__name__, function.__doc__
-    command.__annotations__ = {part.name: hints[part.name] for part in (*own, *shared.values())}
-    command.__signature__ = inspect.Signature(
-        [
-            part.replace(annotation=hints[part.name], kind=inspect.Parameter.KEYWORD_ONLY)
-            for part in (*own, *shared.values())
-        ]
-    )
-    return command
+        parts = []
+        for part in inspect.signature(function).parameters.values():
+            parts += shared.values() if part.name == name else [part]
+        known = {**get_type_hints(function, include_extras=True), **hints}
+        parts = [part.replace(annotation=known[part.name], kind=inspect.Parameter.KEYWORD_ONLY) for part in parts]
+        command.__name__, command.__doc__ = function.__name__, function.__doc__
+        command.__annotations__ = {part.name: part.annotation for part in parts}
+        command.__signature__ = inspect.Signature(parts)
+        return command
+
+    return decorate
+
+
+def _axes(
+    head: Annotated[
+        str | None, typer.Option(help="CLIP heads, with commas between; by default the pair's own.")
+    ] = None,
+    refine: Annotated[
+        str | None, typer.Option(help="Refinements, with commas between: nerve, none, iseg, sd_mean, sfsa.")
+    ] = None,
+    post: Annotated[str | None, typer.Option(help="Post-processing, with commas between: none, pamr.")] = None,
+    readout: Annotated[
+        str | None, typer.Option(help="Readouts, with commas between: argmax, presence_minmax, presence_max, minmax.")
+    ] = None,
+) -> dict[str, Sequence[str]]:
+    """What is compared: axis -> values."""
+    given = {"refine": refine, "head": head, "post": post, "readout": readout}
+    return {axis: words(text) for axis, text in given.items() if text}
+
+
+measures, compares = taking("run", _run), taking("axes", _axes)
 
 
 def _add_set(name: str, title: str) -> None:
     @evaluate.command(name, help=title)
     @measures
+    @compares
     def of_set(
-        run: Run,
+        *,
         root: Annotated[Path, typer.Option(help="Folder that holds the set. Nothing is downloaded.")],
-        head: Head = None,
-        refine: Refine = None,
-        post: Post = None,
-        readout: ReadoutNames = None,
+        axes: Axes,
         limit: Limit = None,
+        run: Run,
     ) -> None:
         from .evaluation.variants import combinations
 
         opened = open_set(name, root, limit)
-        show(run, measure(run, opened[0].title, [opened], combinations(_axes(head, refine, post, readout))))
+        show(run, measure(run, opened[0].title, [opened], combinations(axes)))
 
 
 def _table(
@@ -164,7 +179,7 @@ def _table(
     sets: str | None,
     skip_missing: bool,
     limit: int | None,
-    axes: Mapping[str, Sequence[str]],
+    axes: Axes,
 ) -> None:
     """Measure one of the paper's tables and show it."""
     from .evaluation import protocols
@@ -181,7 +196,7 @@ def _table(
             if not skip_missing:
                 raise DatasetError(f"{error} (--skip-missing leaves such sets out)") from None
             missing.append(f"{item} is left out: {error}")
-            console.print(missing[-1], style="yellow", markup=False, highlight=False, soft_wrap=True)
+            say(missing[-1], style="yellow")
     if not opened:
         raise DatasetError("no set is left to measure")
     rows = protocols.table_variants(name, run.model, run.base(), axes)
@@ -195,27 +210,26 @@ SkipMissing = Annotated[bool, typer.Option("--skip-missing", help="Leave out set
 
 @evaluate.command()
 @measures
+@compares
 def table1(
-    run: Run,
+    *,
     roots: Roots,
     sets: Sets = None,
     skip_missing: SkipMissing = False,
     limit: Limit = None,
-    head: Head = None,
-    refine: Refine = None,
-    post: Post = None,
-    readout: ReadoutNames = None,
+    axes: Axes,
+    run: Run,
 ) -> None:
     """The method on every benchmark, beside the published figures, and besides it every combination of what is named
     by --head, --refine, --post and --readout."""
-    _table("table1", run, roots, sets, skip_missing, limit, _axes(head, refine, post, readout))
+    _table("table1", run, roots, sets, skip_missing, limit, axes)
 
 
 def _add_ablation(name: str, title: str) -> None:
     @evaluate.command(name, help=title)
     @measures
     def ablation(
-        run: Run, roots: Roots, sets: Sets = None, skip_missing: SkipMissing = False, limit: Limit = None
+        *, roots: Roots, sets: Sets = None, skip_missing: SkipMissing = False, limit: Limit = None, run: Run
     ) -> None:
         _table(name, run, roots, sets, skip_missing, limit, {})
 
@@ -229,30 +243,22 @@ for _name, _title in SETS.items():
 
 @evaluate.command()
 @measures
+@compares
 def scenes(
-    run: Run,
+    *,
     seed: Annotated[
         int, typer.Option(help="Seed of the scenes; the embedded pair never saw seeds other than 1.")
     ] = 1000,
     count: Annotated[int, typer.Option(min=1, help="Number of scenes.")] = 200,
-    head: Head = None,
-    refine: Refine = None,
-    post: Post = None,
-    readout: ReadoutNames = None,
+    axes: Axes,
+    run: Run,
 ) -> None:
     """Drawn scenes with known masks: mean IoU, background included, every name asked for."""
     from .evaluation.scenes import DrawnScenes
     from .evaluation.variants import combinations
 
     dataset = DrawnScenes(seed, count)
-    rows = combinations(_axes(head, refine, post, readout))
-    show(run, measure(run, dataset.title, [(dataset, count)], rows))
-
-
-def _axes(head: str | None, refine: str | None, post: str | None, readout: str | None) -> dict[str, Sequence[str]]:
-    """What is compared: axis -> values."""
-    given = {"refine": refine, "head": head, "post": post, "readout": readout}
-    return {axis: words(text) for axis, text in given.items() if text}
+    show(run, measure(run, dataset.title, [(dataset, count)], combinations(axes)))
 
 
 def open_set(name: str, root: Path, limit: int | None) -> tuple[Dataset, int]:
@@ -279,20 +285,18 @@ def measure(
     what the runner raises.
     """
     from .evaluation import protocols, summary
-    from .evaluation.runner import open_workers, run_set
     from .report.page import write_report
 
     check_out(run.out, [dataset.name for dataset, _ in opened])
-    sets, result = [], None
+    sets = []
     for dataset, images in opened:
-        task = run.task(dataset, variants)
-        with closing(open_workers(task, run.workers, run.ray)) as workers:
-            with progress(dataset.name) as watch:
-                folder = run.out and run.out / dataset.name
-                result = run_set(task, workers, folder=folder, keep_going=run.keep_going, watch=watch)
-            with console.status(f"{dataset.name}: intervals and pictures"):
-                found = summary.scores(result)
-                pictures = summary.draw_extremes(result, found, workers, run.out) if run.out else ()
+        folder = run.out and run.out / dataset.name
+        with (
+            counted(run, dataset, variants, folder, dataset.name) as (result, workers),
+            console.status(f"{dataset.name}: intervals and pictures"),
+        ):
+            found = summary.scores(result)
+            pictures = summary.draw_extremes(result, found, workers, run.out) if run.out else ()
         sets.append(
             summary.set_scores(
                 result, found, images=images, published=protocols.PUBLISHED.get(dataset.name, ()), pictures=pictures
@@ -310,8 +314,22 @@ def measure(
     )
     if run.out:
         path = write_report(report, run.out)
-        console.print(f"report: {path}", markup=False, highlight=False, soft_wrap=True)
+        say(f"report: {path}")
     return report
+
+
+@contextmanager
+def counted(
+    run: Run, dataset: ImageSet, variants: Sequence[Variant], folder: Path | None, name: str
+) -> Iterator[tuple[SetResult, Workers]]:
+    """One run of variants on a set, behind a bar of that name; gives what it found, and the workers, still there."""
+    from .evaluation.runner import open_workers, run_set
+
+    task = run.task(dataset, variants)
+    with closing(open_workers(task, run.workers, run.ray)) as workers:
+        with progress(name) as watch:
+            result = run_set(task, workers, folder=folder, keep_going=run.keep_going, watch=watch)
+        yield result, workers
 
 
 def check_out(out: Path | None, names: Sequence[str]) -> None:
@@ -360,10 +378,10 @@ def show(run: Run, report: Report) -> None:
         if len(item.scores) == 1:
             console.print(_names_table(item))
         for note in item.notes:
-            console.print(f"{item.name}: {note}", markup=False, highlight=False, soft_wrap=True)
+            say(f"{item.name}: {note}")
     for note in report.notes:
-        console.print(note, style="yellow", markup=False, highlight=False, soft_wrap=True)
-    console.print(f"{report.model} on {report.device}", markup=False, highlight=False, soft_wrap=True)
+        say(note, style="yellow")
+    say(f"{report.model} on {report.device}")
     if run.as_json:
         print(json.dumps({"title": report.title, "sets": [_plain(item) for item in report.sets]}))
 

@@ -28,6 +28,11 @@ Set = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on the last line.")]
 
 
+def say(text: str, style: str | None = None) -> None:
+    """Tell a sentence as it is: nothing in it is markup, and a path in it is not broken."""
+    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
 def load(model: str, device: str, precision: str | None, preset: str, overrides: Iterable[str] | None) -> Segmenter:
     """A segmenter by the command line's options."""
     from .models import quiet_libraries

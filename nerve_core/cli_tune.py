@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .cli_eval import SETS, Limit, Run, check_out, measures, open_set, progress, show
-from .cli_options import console, words
+from .cli_eval import SETS, Limit, Run, check_out, counted, measures, open_set, show
+from .cli_options import console, say, words
 
 if TYPE_CHECKING:
-    from .evaluation.runner import SetResult, Tally
+    from .evaluation.runner import Tally
     from .evaluation.variants import Variant
     from .evaluation.workers import ImageSet
 
@@ -24,7 +23,7 @@ SETTINGS = "settings.json"
 
 @measures
 def tune(
-    run: Run,
+    *,
     source: Annotated[str, typer.Argument(help="A labelled folder, or a set's name with --root.")],
     root: Annotated[Path | None, typer.Option(help="Folder that holds the set that is named.")] = None,
     trials: Annotated[int, typer.Option(min=2, help="Settings that are tried at most.")] = 60,
@@ -34,6 +33,7 @@ def tune(
     held_out: Annotated[float, typer.Option(help="Share of the images that only the result is judged by.")] = 0.5,
     seed: Annotated[int, typer.Option(min=0, help="Of the draw of those images.")] = 0,
     limit: Limit = None,
+    run: Run,
 ) -> None:
     """Search settings on one part of a labelled set, and judge them on the other.
 
@@ -59,13 +59,14 @@ def tune(
 
     def measured(number: int, axis: str, variants: Sequence[Variant]) -> Tally:
         folder = run.out / "tuning" / f"{number:02d}-{axis}"
-        return _count(run, learnt, variants, folder, f"{axis}, {len(variants)} settings").tally
+        with counted(run, learnt, variants, folder, f"{axis}, {len(variants)} settings") as (result, _):
+            return result.tally
 
     found, tried = tuning.search(measured, base, words(axes), trials)
     (run.out / SETTINGS).write_text(json.dumps(found, indent=1) + "\n")
     both = (Variant(tuning.OWN), Variant(tuning.TUNED, found))
-    result = _count(run, judged, both, run.out / _HELD_OUT, "held-out images")
-    gain = tuning.gain(result)
+    with counted(run, judged, both, run.out / _HELD_OUT, "held-out images") as (result, _):
+        gain = tuning.gain(result)
     scores = summary.scores(result)
     report = summary.make_report(
         "tune",
@@ -98,10 +99,8 @@ def tune(
     )
     path = write_report(report, run.out)
     show(run, report)
-    console.print(
-        f"settings: {run.out / SETTINGS} ({json.dumps(found)})", markup=False, highlight=False, soft_wrap=True
-    )
-    console.print(f"report: {path}", markup=False, highlight=False, soft_wrap=True)
+    say(f"settings: {run.out / SETTINGS} ({json.dumps(found)})")
+    say(f"report: {path}")
 
 
 def _opened(source: str, root: Path | None, limit: int | None) -> ImageSet:
@@ -113,12 +112,3 @@ def _opened(source: str, root: Path | None, limit: int | None) -> ImageSet:
     if root is not None:
         raise ValueError(f"{source!r} is no set's name, so --root has no meaning; sets are {', '.join(SETS)}")
     return open_set("folder", Path(source), limit)[0]
-
-
-def _count(run: Run, dataset: ImageSet, variants: Sequence[Variant], folder: Path, title: str) -> SetResult:
-    """One run of several variants."""
-    from .evaluation.runner import open_workers, run_set
-
-    task = run.task(dataset, variants)
-    with closing(open_workers(task, run.workers, run.ray)) as workers, progress(title) as watch:
-        return run_set(task, workers, folder=folder, keep_going=run.keep_going, watch=watch)

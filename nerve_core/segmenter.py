@@ -26,7 +26,6 @@ from .pairs import ModelError, ModelPair, Source, find_pair
 from .random_walk import Refinement, refine
 from .readout import ClassConfidence, describe_classes, read_out
 from .settings import Settings
-from .settings import preset as preset_overrides
 from .templates import template_set
 from .text import QueryEmbeddings, TextEncoder, exhaust, vocabulary_steps
 from .text_cache import EmbeddingCache, cache_folder
@@ -142,9 +141,9 @@ class Segmenter:
         torch.compile (the first frames then take minutes).
         Raises ModelError, which names what was looked for and the remedy, and ValueError for a wrong setting.
         """
-        where = _device(device)
+        where = find_device(device)
         found = find_pair(pair)
-        chosen = Settings.of_pair(found).replaced(preset_overrides(preset)).replaced(settings or {})
+        chosen = Settings.of_pair(found, preset, settings)
         if revision:
             found = dataclasses.replace(found, diffusion=dataclasses.replace(found.diffusion, revision=revision))
         if offline is None:
@@ -395,7 +394,7 @@ def _queries_of(vocabulary: Vocabulary, label: int) -> range:
     return range(first, first + len(vocabulary.synonyms[label - 1]))
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
     """ "auto", "cpu", "cuda" or "cuda:1" as a device that is there; raises ModelError."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

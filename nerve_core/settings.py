@@ -48,14 +48,21 @@ class Settings:
     readout: ReadoutConfig = field(default_factory=ReadoutConfig)
 
     @classmethod
-    def of_pair(cls, pair: ModelPair) -> Settings:
-        """A model pair's own settings. Raises ModelError for those that cannot be used."""
+    def of_pair(
+        cls, pair: ModelPair, preset_name: str = "pair", overrides: Mapping[str, Any] | None = None
+    ) -> Settings:
+        """A model pair's own settings, with a preset's above them and overrides above both.
+
+        Raises ModelError for a pair whose settings cannot be used, and ValueError for a preset that is unknown and
+        overrides that cannot be used.
+        """
         try:
-            return cls().replaced(pair.settings)
+            own = cls().replaced(pair.settings)
         except ValueError as error:
             raise ModelError(
                 f"the settings of pair {pair.name!r} cannot be used: {error}; correct its pair.json"
             ) from error
+        return own.replaced(preset(preset_name)).replaced(overrides or {})
 
     @classmethod
     def names(cls) -> dict[str, str]:

@@ -252,15 +252,15 @@ class NerveNode(LifecycleNode):
             self.get_logger().error(f"transition {transition_id} is not possible while {self.state}: {error}")
             return TransitionCallbackReturn.ERROR
 
-    def _image_name(self) -> str:
-        """The topic of images, as a subscription takes it: whatever `image/compressed` is remapped to; where that is
-        left alone, it lies beside the topic that `image` is remapped to."""
+    def _image_input(self) -> tuple[type, str]:
+        """Type and topic of images, as a subscription takes them. Compressed ones are on whatever `image/compressed` is
+        remapped to; where that is left alone, beside the topic that `image` is remapped to."""
         if self._config.image_transport != "compressed":
-            return "image"
+            return Image, "image"
         name = "image/compressed"
-        if self.resolve_topic_name(name) != self.resolve_topic_name(name, only_expand=True):
-            return name
-        return f"{self.resolve_topic_name('image')}/compressed"
+        if self.resolve_topic_name(name) == self.resolve_topic_name(name, only_expand=True):
+            name = f"{self.resolve_topic_name('image')}/compressed"
+        return CompressedImage, name
 
     def _subscribe(self) -> None:
         self._told.discard("no image")
@@ -277,8 +277,7 @@ class NerveNode(LifecycleNode):
             overrides = QoSOverridingOptions(policies)
             self._inputs.append(self.create_subscription(kind, topic, callback, qos, qos_overriding_options=overrides))
 
-        kind = CompressedImage if self._config.image_transport == "compressed" else Image
-        subscribe(kind, self._image_name(), self._on_image)
+        subscribe(*self._image_input(), self._on_image)
         self._image_topic = self._inputs[0].topic_name
         if self._config.use_depth:
             subscribe(Image, "depth", self._depth.depth)

@@ -84,8 +84,10 @@ def count_heads(model: str, settings: Settings) -> int:
 
 def curves(table: str, sets: Sequence[SetScores]) -> tuple[Curve, ...]:
     """What of a table is better drawn than read: mIoU over L, or over the one head that is used."""
-    kind = {"fig2": ("mIoU over the steps of the truncated walk", "L", "steps")}
-    kind["table3"] = ("mIoU with one head alone", "head", "head_weights")
+    kind = {
+        "fig2": ("mIoU over the steps of the truncated walk", "L", "steps"),
+        "table3": ("mIoU with one head alone", "head", "head_weights"),
+    }
     if table not in kind:
         return ()
     title, axis, setting = kind[table]

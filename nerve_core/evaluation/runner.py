@@ -6,7 +6,7 @@ import hashlib
 import importlib.metadata
 import json
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 
 from ..pairs import find_pair
+from ..segmenter import find_device
+from ..settings import Settings
 from ..weights import FILES, digest, hub_is_off, local_folder, weight_file
 from .metric import ConfusionMatrix, mean_iou
 from .runlog import RunError, RunLog
@@ -46,10 +48,7 @@ def make_task(
     what a timing would choose. settings: overrides for all variants, above what the set's protocol asks for and below
     what a variant is. Raises ModelError, and ValueError for what cannot be run.
     """
-    import torch
-
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = str(find_device(device))
     if precision is None:
         precision = "fp16" if device.startswith("cuda") else "fp32"
     if threads < 1:
@@ -77,7 +76,7 @@ def describe(task: Task) -> dict[str, Any]:
             "words": [list(words) for words in dataset.vocabulary.synonyms],
             "background": dataset.vocabulary.negatives,
         },
-        "model": {"pair": find_pair(task.model).name, "weights": _weights(task)},
+        "model": {"pair": find_pair(task.model).name, "weights": _weights(task, settings.values())},
         "device": _device(task.device),
         "precision": task.precision,
         "threads": task.threads,
@@ -106,13 +105,11 @@ def _samples_digest(dataset: ImageSet) -> str:
     return sha.hexdigest()
 
 
-def _weights(task: Task) -> dict[str, str]:
-    """SHA-256 of every weights file."""
-    pair, found = find_pair(task.model), {}
-    encoders = {variant.settings.get("encoder", task.settings.get("encoder")) for variant in task.variants}
-    tiny = "taesd" in encoders or pair.settings.get("encoder") == "taesd"
-    for part, source in pair.sources.items():
-        if part == "taesd" and not tiny:
+def _weights(task: Task, settings: Collection[Settings]) -> dict[str, str]:
+    """SHA-256 of every weights file that variants of these settings need."""
+    found = {}
+    for part, source in find_pair(task.model).sources.items():
+        if part == "taesd" and all(chosen.diffusion.encoder != "taesd" for chosen in settings):
             continue
         folder = local_folder(source, FILES[part], cache_dir=None, offline=hub_is_off())
         for stem in FILES[part].weights:

@@ -23,7 +23,6 @@ from ..random_walk import walk_from
 from ..readout import read_out
 from ..segmenter import Segmenter, check_image
 from ..settings import Settings
-from ..settings import preset as preset_overrides
 from ..text import QueryEmbeddings
 from ..vocabulary import Vocabulary
 from .postprocess import POST, pamr
@@ -78,8 +77,8 @@ def settings_of(
     twice = {variant.name for variant in variants if sum(variant.name == other.name for other in variants) > 1}
     if twice or not variants:
         raise ValueError(f"variants need names of their own; got {', '.join(sorted(twice)) or 'no variant'}")
-    own = Settings.of_pair(find_pair(model)).replaced(preset_overrides(preset))
-    found = {variant.name: own.replaced({**shared, **variant.settings}) for variant in variants}
+    pair = find_pair(model)
+    found = {variant.name: Settings.of_pair(pair, preset, {**shared, **variant.settings}) for variant in variants}
     if any(settings.walk.previous_frame_start for settings in found.values()):
         raise ValueError("previous_frame_start is for streams; images of a set have no order: leave it off")
     return found
@@ -176,7 +175,7 @@ class Variants:
         patches = once(s.clip, lambda: frame.clip.features(pixels))
         Q, K = once(s.diffusion, lambda: frame.taps(pixels))
         G = once((s.clip, s.diffusion), lambda: frame.clip.probabilities(patches, queries.embeddings, segmenter.grid))
-        key = (variant.refine, s.clip, s.diffusion, s.affinity, s.fusion, s.walk)
+        key = (variant.refine, _transition_of(s), s.walk)
         P = once(key, lambda: self._refined(variant, segmenter, Q, K, G, once))
         grid = segmenter.grid
         if variant.post == "pamr":
@@ -200,7 +199,7 @@ class Variants:
         columns = G.shape[1] * s.walk.steps if KERNELS[s.affinity.kernel].low_rank else COLUMNS
         S = once.last(
             "S",
-            (s.clip, s.diffusion, s.affinity, s.fusion, columns),
+            (_transition_of(s), columns),
             lambda: (
                 fuse(
                     Q, K, G, segmenter.grid, s.affinity, s.fusion, columns=columns, workspace=self._workspace
