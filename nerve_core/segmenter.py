@@ -128,6 +128,7 @@ class Segmenter:
         settings: Mapping[str, Any] | None = None,
         overlap: bool = True,
         compile: bool = False,
+        remember: bool = True,
     ) -> Segmenter:
         """Load a model pair by name ("embedded", "sd21-clipl14"), from a folder with a pair.json, or by two hub ids or
         folders ("CLIP+DIFFUSION").
@@ -138,7 +139,8 @@ class Segmenter:
         cache_dir: for downloaded weights and text embeddings; None takes the usual places. offline: never ask the hub;
         None follows HF_HUB_OFFLINE. settings: overrides by name, see `Settings.names`. overlap: on CUDA,
         run both networks at once and from a graph; False tells their times apart. compile: run the networks through
-        torch.compile (the first frames then take minutes).
+        torch.compile (the first frames then take minutes). remember: take text embeddings from disk and keep them
+        there; False makes every one anew, so that not even their last bits depend on what was embedded before.
         Raises ModelError, which names what was looked for and the remedy, and ValueError for a wrong setting.
         """
         where = find_device(device)
@@ -151,7 +153,7 @@ class Segmenter:
         cache = None if cache_dir is None or cache_dir == "" else Path(cache_dir).expanduser()
         if where.type == "cuda":  # sums of half-precision products stay in float32
             torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
-        embeddings = EmbeddingCache(cache or cache_folder())
+        embeddings = EmbeddingCache(cache or cache_folder()) if remember else None
         places: dict[str, Any] = {"cache_dir": None if cache is None else str(cache), "offline": offline}
 
         precision = _precision(dtype, where)

@@ -120,8 +120,9 @@ class Variants:
         branches: dict[DiffusionConfig, Segmenter] = {}
         for name, chosen in wanted.items():
             if chosen.clip not in towers or chosen.diffusion not in branches:
+                # What lies in the cache was embedded beside other words, by other threads: its last bits differ.
                 loaded = Segmenter.from_pretrained(
-                    model, device=device, dtype=precision, settings=chosen.flat(), overlap=False
+                    model, device=device, dtype=precision, settings=chosen.flat(), overlap=False, remember=False
                 )
                 # What of it is here already is let go again, before the next is read.
                 towers.setdefault(chosen.clip, loaded)

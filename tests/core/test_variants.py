@@ -12,6 +12,7 @@ from nerve_core import Segmenter, Vocabulary
 from nerve_core.embedded.scenes import NAMES, draw_scene
 from nerve_core.evaluation import variants as variants_module
 from nerve_core.evaluation.variants import Variant, Variants, combinations, settings_of
+from nerve_core.text_cache import EmbeddingCache
 
 SCENE = draw_scene(5, size=(90, 120))
 VOCABULARY = Vocabulary(NAMES[:6])
@@ -54,6 +55,16 @@ def test_a_mask_does_not_depend_on_the_images_before(together, masks):
     together(draw_scene(6, size=(64, 64)).image, VOCABULARY)
     again = together(SCENE.image, VOCABULARY)
     assert all((again[name].labels == mask.labels).all() for name, mask in masks.items())
+
+
+def test_what_other_runs_have_kept_of_the_names_does_not_touch_a_mask(masks, monkeypatch):
+    kept = np.eye(1, 128, dtype=np.float32)[0]
+    monkeypatch.setattr(EmbeddingCache, "get", lambda self, space, names: dict.fromkeys({*names} & {*NAMES}, kept))
+    remembering = Segmenter.from_pretrained("embedded", device="cpu")
+    assert (remembering.text(["ball"]).numpy() == kept).all(), "a robot's segmenter takes what is kept"
+    rows = [row for row in ROWS if row.name in ("nerve", "no walk")]
+    again = Variants("embedded", rows, device="cpu")(SCENE.image, VOCABULARY)
+    assert all((again[row.name].labels == masks[row.name].labels).all() for row in rows)
 
 
 def test_what_variants_share_of_an_image_is_worked_out_once(together, monkeypatch):
