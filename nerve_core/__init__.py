@@ -10,24 +10,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .pairs import ModelError as ModelError
+    from .errors import ModelError as ModelError
+    from .errors import OutOfMemory as OutOfMemory
     from .readout import ClassConfidence as ClassConfidence
-    from .segmenter import (
-        OutOfMemory as OutOfMemory,
-    )
-    from .segmenter import (
-        Segmentation as Segmentation,
-    )
-    from .segmenter import (
-        Segmenter as Segmenter,
-    )
+    from .segmenter import Segmentation as Segmentation
+    from .segmenter import Segmenter as Segmenter
     from .vocabulary import Vocabulary as Vocabulary
     from .vocabulary import VocabularyError as VocabularyError
 
 _HOMES = {
     "ClassConfidence": "readout",
-    "ModelError": "pairs",
-    "OutOfMemory": "segmenter",
+    "ModelError": "errors",
+    "OutOfMemory": "errors",
     "Segmentation": "segmenter",
     "Segmenter": "segmenter",
     "Vocabulary": "vocabulary",

@@ -23,7 +23,8 @@ from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 from ._layers import lay_out
 from .dense_clip import run_layer
 from .diffusion import cut_unet, run_resnet
-from .pairs import ModelError, Source
+from .errors import ModelError
+from .pairs import Source
 from .settings import Settings
 from .text import empty_prompt, load_tokenizer
 from .text_cache import EmbeddingCache

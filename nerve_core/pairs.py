@@ -9,13 +9,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from .errors import ModelError
+
 _HERE = Path(__file__).parent
 _FULL_SIZE = "sd21-clipl14"  # whose settings a pair named as CLIP+DIFFUSION gets
 CPU_PRECISIONS = ("fp32", "bf16")
-
-
-class ModelError(RuntimeError):
-    """Models that cannot be loaded; the message says what was looked for, where, and what to do."""
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,10 @@ from torch import Tensor
 from ._workspace import Workspace
 from .dense_clip import DenseClip
 from .diffusion import DiffusionConfig, DiffusionTaps
+from .errors import ModelError, OutOfMemory
 from .frame import GRAPH_AFTER, FrameFeatures, FramePart, Stopwatch
 from .models import bfloat16_is_faster, load_clip, load_diffusion
-from .pairs import ModelError, ModelPair, Source, find_pair
+from .pairs import ModelPair, Source, find_pair
 from .random_walk import Refinement, refine
 from .readout import ClassConfidence, describe_classes, read_out
 from .settings import Settings
@@ -72,10 +73,6 @@ class EncodedImage:
     features: FrameFeatures
     size: tuple[int, int]
     watch: Stopwatch
-
-
-class OutOfMemory(RuntimeError):
-    """The device, or the machine, has no room for what was asked; whatever could be spared is given back already."""
 
 
 def _tells_memory(method: Callable[..., Any]) -> Callable[..., Any]:

@@ -6,13 +6,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from .affinity import AffinityConfig
 from .dense_clip import ClipConfig
 from .diffusion import DiffusionConfig
+from .errors import ModelError
 from .fusion import FusionConfig
-from .pairs import ModelError, ModelPair
 from .random_walk import WalkConfig
 from .readout import ReadoutConfig
 
@@ -36,6 +36,16 @@ are ours and untuned on real data. The CLIP head stays the pair's own, since it 
 fit."""
 
 
+class HasSettings(Protocol):
+    """What `Settings.of_pair` needs of a model pair: its name, and its own settings by flat name."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def settings(self) -> Mapping[str, Any]: ...
+
+
 @dataclass(frozen=True)
 class Settings:
     """All configurations; every field's name is unique across them, so that one flat mapping can override any."""
@@ -49,7 +59,7 @@ class Settings:
 
     @classmethod
     def of_pair(
-        cls, pair: ModelPair, preset_name: str = "pair", overrides: Mapping[str, Any] | None = None
+        cls, pair: HasSettings, preset_name: str = "pair", overrides: Mapping[str, Any] | None = None
     ) -> Settings:
         """A model pair's own settings, with a preset's above them and overrides above both.
 

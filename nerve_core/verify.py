@@ -17,7 +17,8 @@ from torch import nn
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from .diffusion import noise_levels
-from .pairs import ModelError, ModelPair, Source, find_pair
+from .errors import ModelError
+from .pairs import ModelPair, Source, find_pair
 from .settings import Settings
 from .weights import FILES, PICKLES, cached_folder, digest, in_words, weight_file
 

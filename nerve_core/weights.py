@@ -23,7 +23,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from .pairs import ModelError, Source
+from .errors import ModelError
+from .pairs import Source
 
 _log = logging.getLogger(__name__)
 
