@@ -17,7 +17,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from diffusers.models.resnet import ResnetBlock2D
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from ._layers import lay_out
@@ -26,8 +26,7 @@ from .diffusion import cut_unet, run_resnet
 from .errors import ModelError
 from .pairs import Source
 from .settings import Settings
-from .text import empty_prompt, load_tokenizer
-from .text_cache import EmbeddingCache
+from .text_cache import EmbeddingCache, space_of
 from .weights import CLIP_FILES, DIFFUSION_FILES, HALF, TAESD_FILES, identity, local_folder, weight_file
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -114,6 +113,51 @@ def load_diffusion(
             vae.decoder = None
             _read(vae, weight_file(tiny, "diffusion_pytorch_model", half=half), device, dtype)
     return LoadedDiffusion(vae, unet, scheduler, prompt)
+
+
+@torch.no_grad()
+def empty_prompt(folder: Path, *, device: torch.device, dtype: torch.dtype, cache: EmbeddingCache | None) -> Tensor:
+    """The diffusion model's last hidden state for "", padded as in training: `dtype` [1, T, width] on `device`.
+
+    folder: of the diffusion model, with text_encoder/ and tokenizer/. Once the cache knows it, the text encoder is not
+    loaded. Raises OSError or ValueError for files that do not hold one.
+    """
+    weights = weight_file(folder, "text_encoder/model", half=dtype != torch.float32)
+    parts = (folder / "text_encoder", folder / "tokenizer")
+    configurations = [path.read_text() for part in parts for path in sorted(part.glob("*config.json"))]
+    space = space_of("prompt", identity(weights.parent, weights.name), str(dtype), *configurations)
+    known = cache.get(space, [""]) if cache is not None else {}
+    if known:
+        return torch.from_numpy(known[""]).to(device, dtype)
+    encoder, info = CLIPTextModel.from_pretrained(
+        folder,
+        subfolder="text_encoder",
+        dtype=dtype,
+        variant="fp16" if weights.name.endswith(f"{HALF}.safetensors") else None,
+        use_safetensors=True,
+        local_files_only=True,
+        output_loading_info=True,
+    )
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ValueError(f"{weights} lacks {len(missing)} tensors, such as {missing[0]}")
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
+    tokens = tokenizer("", padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    hidden = encoder.to(device).eval()(input_ids=tokens.input_ids.to(device)).last_hidden_state
+    if not hidden.isfinite().all():
+        raise ValueError(f"{weights} overflows in {str(dtype).removeprefix('torch.')}; use bf16 or fp32")
+    if cache is not None:
+        cache.put(space, {"": hidden.float().cpu().numpy()})
+    return hidden
+
+
+def load_tokenizer(folder: Path) -> CLIPTokenizer:
+    """A folder's tokenizer; FileNotFoundError without its files, where transformers makes one that knows no word."""
+    files = [name for name in ("tokenizer.json", "vocab.json", "merges.txt") if (folder / name).is_file()]
+    if "tokenizer.json" not in files and len(files) < 2:
+        raise FileNotFoundError(f"{folder} has neither tokenizer.json nor vocab.json and merges.txt")
+    return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 @torch.inference_mode()
