@@ -34,7 +34,7 @@ def measure(bag: Path, topic: str, names: str, model: str, device: str, images: 
     from nerve_core.replay.reading import Bag
     from nerve_core.replay.run import replay
     from nerve_core.segmenter import Segmenter
-    from nerve_core.vocabulary import Vocabulary
+    from nerve_core.text.vocabulary import Vocabulary
 
     quiet_libraries()
     selection, vocabulary = Selection((topic,), limit=images), Vocabulary.parse(names)

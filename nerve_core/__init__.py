@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from .readout import ClassConfidence as ClassConfidence
     from .segmenter import Segmentation as Segmentation
     from .segmenter import Segmenter as Segmenter
-    from .vocabulary import Vocabulary as Vocabulary
-    from .vocabulary import VocabularyError as VocabularyError
+    from .text.vocabulary import Vocabulary as Vocabulary
+    from .text.vocabulary import VocabularyError as VocabularyError
 
 _HOMES = {
     "ClassConfidence": "readout",
@@ -24,8 +24,8 @@ _HOMES = {
     "OutOfMemory": "errors",
     "Segmentation": "segmenter",
     "Segmenter": "segmenter",
-    "Vocabulary": "vocabulary",
-    "VocabularyError": "vocabulary",
+    "Vocabulary": "text.vocabulary",
+    "VocabularyError": "text.vocabulary",
 }
 __all__ = sorted(_HOMES)
 

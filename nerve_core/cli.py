@@ -54,7 +54,7 @@ def segment(
     as_json: AsJson = False,
 ) -> None:
     """Write a mask (PNG with a palette), an overlay and the per-class confidence of every image."""
-    from .vocabulary import Vocabulary  # the model libraries take seconds to import: not for --help
+    from .text.vocabulary import Vocabulary  # the model libraries take seconds to import: not for --help
 
     vocabulary = Vocabulary.parse(names, negatives=None if negatives is None else words(negatives))
     if not vocabulary.names:

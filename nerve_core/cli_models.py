@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .pairs import ModelPair, Source, find_pair, pair_names
-from .text_cache import EmbeddingCache, cache_folder
+from .text.cache import EmbeddingCache, cache_folder
 from .weights import FILES, Download, cached_folder, check_space, fetch, file_names, hub_cache, in_words, plan
 
 models = typer.Typer(no_args_is_help=True, help="Fetch and check the weights of model pairs.")

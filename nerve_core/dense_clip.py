@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers import CLIPModel
 
 from ._layers import attend, lay_out
-from .templates import template_set
+from .text.templates import template_set
 
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _DEVIATION = (0.26862954, 0.26130258, 0.27577711)

@@ -26,7 +26,7 @@ from .diffusion import cut_unet, run_resnet
 from .errors import ModelError
 from .pairs import Source
 from .settings import Settings
-from .text_cache import EmbeddingCache, space_of
+from .text.cache import EmbeddingCache, space_of
 from .weights import CLIP_FILES, DIFFUSION_FILES, HALF, TAESD_FILES, identity, local_folder, weight_file
 
 Network = TypeVar("Network", bound=nn.Module)

@@ -27,10 +27,10 @@ from .pairs import ModelPair, Source, find_pair
 from .random_walk import Refinement, refine
 from .readout import ClassConfidence, describe_classes, read_out
 from .settings import Settings
-from .templates import template_set
-from .text import QueryEmbeddings, TextEncoder, exhaust, vocabulary_steps
-from .text_cache import EmbeddingCache, cache_folder
-from .vocabulary import UNLABELLED, Vocabulary
+from .text.cache import EmbeddingCache, cache_folder
+from .text.encoder import QueryEmbeddings, TextEncoder, exhaust, vocabulary_steps
+from .text.templates import template_set
+from .text.vocabulary import UNLABELLED, Vocabulary
 from .weights import hub_is_off
 
 _VOCABULARIES_KEPT = 32

@@ -113,7 +113,7 @@ def replay(
     from nerve_core.replay.run import replay as run
     from nerve_core.replay.run import with_live
     from nerve_core.report import write_report
-    from nerve_core.vocabulary import Vocabulary
+    from nerve_core.text.vocabulary import Vocabulary
 
     if bool(names.strip()) == (vocabulary_topic is not None):
         raise ValueError('say what to look for by --names "ball, mug|cup", or by --vocabulary-topic; one of them')

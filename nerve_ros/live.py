@@ -30,7 +30,7 @@ from nerve_core.replay.frames import Frame, Losses, Selection, key, read_message
 from nerve_core.replay.messages import COMPRESSED_IMAGE, IMAGE
 from nerve_core.replay.reading import Bag
 from nerve_core.report.data import Live
-from nerve_core.vocabulary import BACKGROUND, UNLABELLED, Vocabulary
+from nerve_core.text.vocabulary import BACKGROUND, UNLABELLED, Vocabulary
 from nerve_ros.demo.collector import NODE, Collector, Heard
 from nerve_ros.demo.player import CAMERA, Player, PlayerError
 from nerve_ros.demo.processes import Child, environment, node_command, own_domain

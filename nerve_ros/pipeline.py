@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from nerve_core import Segmentation, Segmenter
     from nerve_core.segmenter import EncodedImage
     from nerve_core.settings import Settings
-    from nerve_core.text import QueryEmbeddings
+    from nerve_core.text.encoder import QueryEmbeddings
 
 THROTTLE = 5.0
 """Seconds between two log lines about images that cannot be used."""

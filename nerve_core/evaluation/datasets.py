@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..vocabulary import Vocabulary, VocabularyError
+from ..text.vocabulary import Vocabulary, VocabularyError
 from .metric import IGNORED
 
 _CLASSES = Path(__file__).with_name("classes")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..embedded.scenes import NAMES, draw_scene
-from ..vocabulary import Vocabulary
+from ..text.vocabulary import Vocabulary
 from .datasets import Sample
 
 

@@ -17,7 +17,7 @@ from ..report.data import Picture, Published, Report, Score, SetScores
 from ..report.files import ReportError, read_report
 from ..report.pictures import save_picture
 from ..settings import Settings
-from ..vocabulary import UNLABELLED
+from ..text.vocabulary import UNLABELLED
 from .metric import interval, resampled_mean_iou
 from .protocols import PUBLISHED
 from .runner import SetResult

@@ -23,8 +23,8 @@ from ..random_walk import walk_from
 from ..readout import read_out
 from ..segmenter import Segmenter, check_image
 from ..settings import Settings
-from ..text import QueryEmbeddings
-from ..vocabulary import Vocabulary
+from ..text.encoder import QueryEmbeddings
+from ..text.vocabulary import Vocabulary
 from .postprocess import POST, pamr
 from .refinements import REFINEMENTS, Refine, refinement
 

@@ -20,7 +20,7 @@ from .metric import ConfusionMatrix
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ..vocabulary import Vocabulary
+    from ..text.vocabulary import Vocabulary
     from .datasets import Sample
     from .variants import Variant, Variants
 

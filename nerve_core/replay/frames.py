@@ -13,7 +13,7 @@ import numpy as np
 
 from ..encodings import ImageError, check_image, is_compressed, to_labels, to_rgb
 from ..evaluation.metric import IGNORED
-from ..vocabulary import BACKGROUND, Vocabulary
+from ..text.vocabulary import BACKGROUND, Vocabulary
 from .messages import IMAGE_TYPES, LABEL_INFO, STRING, VOCABULARY
 from .reading import Bag, BagError, MessageError, Topic
 from .salvage import Stored

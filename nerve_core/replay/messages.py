@@ -11,7 +11,7 @@ import numpy as np
 from rosbags.typesys import Stores, get_types_from_msg, get_typestore
 from rosbags.typesys.store import Typestore
 
-from ..vocabulary import BACKGROUND, UNLABELLED
+from ..text.vocabulary import BACKGROUND, UNLABELLED
 
 if TYPE_CHECKING:
     from ..segmenter import Segmentation

@@ -24,7 +24,7 @@ from ..report.data import Camera, Live, Picture, Report
 from ..report.pictures import save_picture
 from ..segmenter import Segmentation, Segmenter
 from ..settings import Settings
-from ..vocabulary import Vocabulary
+from ..text.vocabulary import Vocabulary
 from .frames import Frame, Losses, Selection, Truth, camera_names, read_frames
 from .measures import MAX_GAP, NEIGHBOURHOOD, SIDE, STATIC_DIFFERENCE, Measures
 from .reading import Bag, BagError

@@ -12,7 +12,7 @@ import numpy as np
 from nerve_core.replay.frames import label_names
 from nerve_core.replay.reading import Bag, BagError, MessageError
 from nerve_core.replay.salvage import Stored
-from nerve_core.vocabulary import BACKGROUND
+from nerve_core.text.vocabulary import BACKGROUND
 
 IMAGE_TOPIC = "/camera/image/compressed"
 CAMERA_INFO_TOPIC = "/camera/camera_info"

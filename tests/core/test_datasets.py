@@ -27,7 +27,7 @@ from nerve_core.embedded.scenes import NAMES, draw_scenes
 from nerve_core.evaluation.datasets import DATASETS, Dataset, DatasetError, open_dataset
 from nerve_core.evaluation.metric import ConfusionMatrix
 from nerve_core.settings import Settings
-from nerve_core.templates import template_set
+from nerve_core.text.templates import template_set
 
 # What the raw values mean, written out here once more: (first raw value, last one, mask label of the first).
 PLAIN_20 = [(0, 20, 0), (255, 255, 255)]

@@ -28,7 +28,7 @@ from nerve_core.replay.video import OverlayVideo
 from nerve_core.replay.writing import ResultBag
 from nerve_core.report import read_report, write_report
 from nerve_core.segmenter import Segmentation, Segmenter
-from nerve_core.vocabulary import Vocabulary
+from nerve_core.text.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary(["ball", "mug|cup", "ladder"])
 PATIENCE = 120.0

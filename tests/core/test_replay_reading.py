@@ -23,7 +23,7 @@ from nerve_core.replay.frames import (
 )
 from nerve_core.replay.messages import IMAGE, STRING, VOCABULARY, typestore
 from nerve_core.replay.reading import Bag, BagError
-from nerve_core.vocabulary import Vocabulary
+from nerve_core.text.vocabulary import Vocabulary
 
 COUNT = 40
 """Images of a test's bag: several chunks of mcap, many pages of sqlite3."""

@@ -20,7 +20,7 @@ from nerve_core.embedded.scenes import NAMES, draw_scene
 from nerve_core.pairs import find_pair
 from nerve_core.readout import describe_classes, read_out
 from nerve_core.segmenter import STAGES
-from nerve_core.text import exhaust, vocabulary_steps
+from nerve_core.text.encoder import exhaust, vocabulary_steps
 
 # a fraction of the pair's tokens and templates: the same path in a fraction of the time
 SMALL = {"input_size": (64, 96), "short_side": 72, "templates": ("a {}.",)}

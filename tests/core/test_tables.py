@@ -28,7 +28,7 @@ from nerve_core.evaluation.workers import InProcess
 from nerve_core.pairs import find_pair
 from nerve_core.report.data import Score, SetScores
 from nerve_core.settings import Settings
-from nerve_core.vocabulary import Vocabulary
+from nerve_core.text.vocabulary import Vocabulary
 from small_sets import SIZE, SmallScenes
 
 

@@ -12,7 +12,7 @@ from nerve_core import Segmenter, Vocabulary
 from nerve_core.embedded.scenes import NAMES, draw_scene
 from nerve_core.evaluation import variants as variants_module
 from nerve_core.evaluation.variants import Variant, Variants, combinations, settings_of
-from nerve_core.text_cache import EmbeddingCache
+from nerve_core.text.cache import EmbeddingCache
 
 SCENE = draw_scene(5, size=(90, 120))
 VOCABULARY = Vocabulary(NAMES[:6])

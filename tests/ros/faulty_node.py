@@ -24,7 +24,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 
-from nerve_core import dense_clip, diffusion, frame, readout, segmenter, text, text_cache
+from nerve_core import dense_clip, diffusion, frame, readout, segmenter
+from nerve_core.text import cache as text_cache
+from nerve_core.text import encoder
 from nerve_ros.node import main
 from nerve_ros.outputs import Outputs
 
@@ -36,7 +38,7 @@ PLACES = {
     "refine": (segmenter, "refine"),
     "readout": (segmenter, "read_out"),
     "to_host": (readout.Readout, "to_host"),
-    "text": (text.TextEncoder, "_embed"),
+    "text": (encoder.TextEncoder, "_embed"),
     "warm_up": (segmenter.Segmenter, "warm_up"),
     "load_clip": (segmenter, "load_clip"),
     "load_diffusion": (segmenter, "load_diffusion"),

@@ -24,7 +24,7 @@ import harness
 from nerve_core.replay.frames import Frame
 from nerve_core.report import read_report
 from nerve_core.segmenter import Segmentation
-from nerve_core.vocabulary import Vocabulary
+from nerve_core.text.vocabulary import Vocabulary
 from nerve_ros.cli import main
 from nerve_ros.demo.collector import Answer, Heard
 from nerve_ros.live import Comparison, Played, Rig, figures

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import nerve_core
-from nerve_core.text_cache import EmbeddingCache
+from nerve_core.text.cache import EmbeddingCache
 
 PICTURE = {"width": 120, "height": 90}
 START = ["ball", "ladder"]

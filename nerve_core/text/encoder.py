@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import CLIPModel, CLIPTokenizer
 
-from .text_cache import EmbeddingCache, space_of
+from .cache import EmbeddingCache, space_of
 from .vocabulary import Vocabulary
 
 SAME_MEANING = 0.9

@@ -10,7 +10,7 @@ from contextlib import closing
 import numpy as np
 import pytest
 
-from nerve_core.text_cache import EmbeddingCache, cache_folder, space_of
+from nerve_core.text.cache import EmbeddingCache, cache_folder, space_of
 from unprivileged import without_privileges
 
 FORK = multiprocessing.get_context("fork")
@@ -254,7 +254,7 @@ def test_a_row_that_is_not_whole_counts_as_unknown_and_is_overwritten(tmp_path, 
 
 
 def test_values_that_are_not_finite_are_not_given_out_though_their_checksum_is_right(tmp_path):
-    from nerve_core.text_cache import _checksum
+    from nerve_core.text.cache import _checksum
 
     cache = EmbeddingCache(tmp_path)
     cache.put("here", vectors(1))
@@ -286,7 +286,7 @@ def test_a_read_only_folder_still_serves(tmp_path):
 
     def job():
         heard = []
-        logging.getLogger("nerve_core.text_cache").addFilter(heard.append)
+        logging.getLogger("nerve_core.text.cache").addFilter(heard.append)
         cache = EmbeddingCache(tmp_path)
         same(cache.get("here", vectors(4)), vectors(3))
         assert heard == []
@@ -309,7 +309,7 @@ def test_a_file_that_must_not_be_read_is_said_once_and_left_alone(tmp_path):
 
     def job():
         heard = []
-        logging.getLogger("nerve_core.text_cache").addFilter(heard.append)
+        logging.getLogger("nerve_core.text.cache").addFilter(heard.append)
         cache = EmbeddingCache(tmp_path)
         for _ in range(2):
             assert cache.get("here", vectors(3)) == {}
@@ -340,7 +340,7 @@ def test_a_full_disk_keeps_what_was_there(tmp_path, caplog, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["IMMEDIATE", "EXCLUSIVE"])
 def test_a_lock_that_is_not_given_back_is_waited_for_only_once(tmp_path, caplog, monkeypatch, kind):
-    monkeypatch.setattr("nerve_core.text_cache._PATIENCE", 0.05)
+    monkeypatch.setattr("nerve_core.text.cache._PATIENCE", 0.05)
     cache = EmbeddingCache(tmp_path)
     cache.put("here", vectors(3))
     with closing(sqlite3.connect(cache.path, isolation_level=None)) as holder:
@@ -359,7 +359,7 @@ def test_a_lock_that_is_not_given_back_is_waited_for_only_once(tmp_path, caplog,
 
 def _write_and_read(barrier, folder, seed):
     failures = []
-    logging.getLogger("nerve_core.text_cache").addFilter(lambda record: failures.append(record.getMessage()))
+    logging.getLogger("nerve_core.text.cache").addFilter(lambda record: failures.append(record.getMessage()))
     cache = EmbeddingCache(folder)
     barrier.wait()
     for turn in range(60):
@@ -373,7 +373,7 @@ def _write_and_read(barrier, folder, seed):
 
 @pytest.mark.parametrize("start", ["new", "damaged"])
 def test_processes_that_write_at_once_lose_nothing(tmp_path, monkeypatch, start):
-    monkeypatch.setattr("nerve_core.text_cache._PATIENCE", 30.0)  # machines that run tests are slow and shared
+    monkeypatch.setattr("nerve_core.text.cache._PATIENCE", 30.0)  # machines that run tests are slow and shared
     if start == "damaged":
         EmbeddingCache(tmp_path).path.write_bytes(b"\xff" * 9000)
         EmbeddingCache(tmp_path).get("here", ["ball"])

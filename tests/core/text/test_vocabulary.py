@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nerve_core.vocabulary import MAX_NAMES, Vocabulary, VocabularyError
+from nerve_core.text.vocabulary import MAX_NAMES, Vocabulary, VocabularyError
 
 UNICODE = st.text(st.characters(codec=None, exclude_categories=()), max_size=12)  # unpaired surrogates too
 TRICKY = st.sampled_from(

@@ -9,16 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from nerve_core import text
-from nerve_core.templates import TEMPLATE_SETS, template_set
-from nerve_core.text import (
-    QueryEmbeddings,
-    TextEncoder,
-    exhaust,
-    vocabulary_steps,
-)
-from nerve_core.text_cache import EmbeddingCache
-from nerve_core.vocabulary import Vocabulary
+from nerve_core.text import encoder as text_encoder
+from nerve_core.text.cache import EmbeddingCache
+from nerve_core.text.encoder import QueryEmbeddings, TextEncoder, exhaust, vocabulary_steps
+from nerve_core.text.templates import TEMPLATE_SETS, template_set
+from nerve_core.text.vocabulary import Vocabulary
 from small_models import byte_tokenizer, small_clip
 
 TEMPLATES = ("a photo of a {}.", "the {}", "{} in a room")
@@ -98,7 +93,7 @@ def test_the_embedding_of_a_word_does_not_depend_on_its_company(clip, tokenizer)
 def test_the_size_of_a_step_changes_no_embedding(clip, tokenizer, monkeypatch, most):
     words = [f"{'long ' * (k % 4)}thing {k}" for k in range(23)]
     alone = torch.cat([TextEncoder(clip, tokenizer, TEMPLATES, identity="x")([word]) for word in words])
-    monkeypatch.setitem(text._TOKENS_PER_STEP, "cpu", most)  # 1: every text by itself
+    monkeypatch.setitem(text_encoder._TOKENS_PER_STEP, "cpu", most)  # 1: every text by itself
     found = TextEncoder(clip, tokenizer, TEMPLATES, identity="x")(words)
     torch.testing.assert_close(found, alone, rtol=0, atol=1e-6)
 
@@ -123,7 +118,7 @@ def test_a_step_is_one_pass_of_bounded_size_with_little_padding(clip, tokenizer)
     assert passes == list(range(len(passes)))  # before each pass one yield, and none without a pass
     assert len(watched.shapes) == len(passes) > len(words)
     padded = sum(texts * length for texts, length in watched.shapes)
-    assert max(texts * length for texts, length in watched.shapes) <= text._TOKENS_PER_STEP["cpu"]
+    assert max(texts * length for texts, length in watched.shapes) <= text_encoder._TOKENS_PER_STEP["cpu"]
     texts = [template.replace("{}", word) for word in words for template in TEMPLATE_SETS["imagenet80"]]
     whole = sum(min(77, len(tokenizer(each)["input_ids"])) for each in texts)
     assert sum(texts for texts, _ in watched.shapes) == len(texts)
@@ -133,12 +128,12 @@ def test_a_step_is_one_pass_of_bounded_size_with_little_padding(clip, tokenizer)
 def test_short_words_of_few_templates_share_a_pass(clip, tokenizer):
     watched = Watched(clip)
     TextEncoder(watched, tokenizer, ("{}",), identity="x")([f"k{k}" for k in range(100, 200)])
-    assert len(watched.shapes) == 1 + 100 * 6 // text._TOKENS_PER_STEP["cpu"]
+    assert len(watched.shapes) == 1 + 100 * 6 // text_encoder._TOKENS_PER_STEP["cpu"]
 
 
 @pytest.mark.parametrize("tokens", [1, 40, 256])
 def test_words_that_were_finished_outlive_a_generator_that_is_given_up(clip, tokenizer, tmp_path, monkeypatch, tokens):
-    monkeypatch.setitem(text._TOKENS_PER_STEP, "cpu", tokens)
+    monkeypatch.setitem(text_encoder._TOKENS_PER_STEP, "cpu", tokens)
     words = [f"thing {k}" for k in range(8)]
     total = sum(1 for _ in TextEncoder(clip, tokenizer, TEMPLATES, identity="x").steps(words))
     encoder = TextEncoder(clip, tokenizer, TEMPLATES, identity="x", cache=EmbeddingCache(tmp_path))
@@ -155,7 +150,7 @@ def test_words_that_were_finished_outlive_a_generator_that_is_given_up(clip, tok
 
 
 def test_two_generators_at_once_do_not_disturb_each_other(clip, tokenizer, monkeypatch):
-    monkeypatch.setitem(text._TOKENS_PER_STEP, "cpu", 1)
+    monkeypatch.setitem(text_encoder._TOKENS_PER_STEP, "cpu", 1)
     encoder = TextEncoder(clip, tokenizer, TEMPLATES, identity="x")
     one, other = encoder.steps(["ball", "cube"]), encoder.steps(["cube", "cone"])
     for _ in range(4):
@@ -174,7 +169,7 @@ def test_known_words_take_no_step(clip, tokenizer):
 
 
 def test_memory_is_bounded_and_the_words_in_use_stay(clip, tokenizer, monkeypatch):
-    monkeypatch.setattr(text, "_WORDS_KEPT", 5)
+    monkeypatch.setattr(text_encoder, "_WORDS_KEPT", 5)
     counted = Counted(tokenizer)
     encoder = TextEncoder(clip, counted, ("{}",), identity="x")
     many = [f"thing {k}" for k in range(12)]
@@ -297,7 +292,7 @@ def test_a_cache_that_cannot_be_written_costs_no_embedding(clip, tokenizer, tmp_
 # --- what needs no model libraries --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("module", ["vocabulary", "visualize", "pairs", "cli", "text_cache", "templates"])
+@pytest.mark.parametrize("module", ["text.vocabulary", "visualize", "pairs", "cli", "text.cache", "text.templates"])
 def test_names_colours_and_the_command_do_without_the_model_libraries(module):
     code = (
         f"import sys, nerve_core.{module}\n"
@@ -409,7 +404,7 @@ def test_254_names_with_the_real_encoder(clip, tokenizer):
 
 
 def test_a_vocabulary_in_steps_is_the_vocabulary_in_one_go(clip, tokenizer, monkeypatch):
-    monkeypatch.setitem(text._TOKENS_PER_STEP, "cpu", 100)
+    monkeypatch.setitem(text_encoder._TOKENS_PER_STEP, "cpu", 100)
     vocabulary = Vocabulary(["mug|cup", "ball", "a longer name"])
     steps = vocabulary_steps(vocabulary, TextEncoder(clip, tokenizer, TEMPLATES, identity="x"), ["wall", "sky"])
     taken = 0
