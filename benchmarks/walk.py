@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nerve_core._workspace import Workspace
-from nerve_core.affinity import AffinityConfig
-from nerve_core.fusion import FusionConfig, fuse
-from nerve_core.random_walk import Refinement, WalkConfig, fixed_point, refine, truncated
+from nerve_core.walk.affinity import AffinityConfig
+from nerve_core.walk.fusion import FusionConfig, fuse
+from nerve_core.walk.random_walk import Refinement, WalkConfig, fixed_point, refine, truncated
+from nerve_core.walk.workspace import Workspace
 
 from . import plain_walks
 from .process import status_mb

@@ -17,20 +17,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._workspace import Workspace
 from .dense_clip import DenseClip
 from .diffusion import DiffusionConfig, DiffusionTaps
 from .errors import ModelError, OutOfMemory
 from .frame import GRAPH_AFTER, FrameFeatures, FramePart, Stopwatch
 from .models import bfloat16_is_faster, load_clip, load_diffusion
 from .pairs import ModelPair, Source, find_pair
-from .random_walk import Refinement, refine
 from .readout import ClassConfidence, describe_classes, read_out
 from .settings import Settings
 from .text.cache import EmbeddingCache, cache_folder
 from .text.encoder import QueryEmbeddings, TextEncoder, exhaust, vocabulary_steps
 from .text.templates import template_set
 from .text.vocabulary import UNLABELLED, Vocabulary
+from .walk.random_walk import Refinement, refine
+from .walk.workspace import Workspace
 from .weights import hub_is_off
 
 _VOCABULARIES_KEPT = 32

@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from .affinity import AffinityConfig
 from .dense_clip import ClipConfig
 from .diffusion import DiffusionConfig
 from .errors import ModelError
-from .fusion import FusionConfig
-from .random_walk import WalkConfig
 from .readout import ReadoutConfig
+from .walk.affinity import AffinityConfig
+from .walk.fusion import FusionConfig
+from .walk.random_walk import WalkConfig
 
 PRESETS: dict[str, dict[str, Any]] = {
     "pair": {},

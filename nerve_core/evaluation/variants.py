@@ -12,19 +12,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._workspace import Workspace
-from ..affinity import KERNELS
 from ..dense_clip import ClipConfig
 from ..diffusion import DiffusionConfig
 from ..frame import FramePart
-from ..fusion import COLUMNS, fuse
 from ..pairs import find_pair
-from ..random_walk import walk_from
 from ..readout import read_out
 from ..segmenter import Segmenter, check_image
 from ..settings import Settings
 from ..text.encoder import QueryEmbeddings
 from ..text.vocabulary import Vocabulary
+from ..walk.affinity import KERNELS
+from ..walk.fusion import COLUMNS, fuse
+from ..walk.random_walk import walk_from
+from ..walk.workspace import Workspace
 from .postprocess import POST, pamr
 from .refinements import REFINEMENTS, Refine, refinement
 

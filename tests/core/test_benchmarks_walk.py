@@ -11,7 +11,7 @@ import torch
 import reference
 from nerve_benchmarks import plain_walks, walk
 from nerve_benchmarks.walk import Problem
-from nerve_core.random_walk import fixed_point
+from nerve_core.walk.random_walk import fixed_point
 from tokens import label_probabilities, queries_and_keys, tensors
 
 GRID = (5, 4)

@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nerve_core import Segmenter, Vocabulary
-from nerve_core.affinity import KERNELS
 from nerve_core.diffusion import DiffusionTaps
 from nerve_core.embedded.scenes import NAMES, draw_scenes
 from nerve_core.evaluation.metric import ConfusionMatrix
@@ -29,6 +28,7 @@ from nerve_core.evaluation.variants import Variant, Variants
 from nerve_core.models import load_diffusion, quiet_libraries
 from nerve_core.pairs import find_pair
 from nerve_core.settings import PRESETS, Settings
+from nerve_core.walk.affinity import KERNELS
 
 EMBEDDED = Path(__file__).resolve().parents[2] / "nerve_core" / "embedded"
 FULL, ALONE = "Parts of the method|global + local + walk (full NERVE)", "Parts of the method|CLIP alone (G)"

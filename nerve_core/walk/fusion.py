@@ -15,8 +15,8 @@ from torch import Tensor
 
 from . import _grid
 from ._products import linear
-from ._workspace import Workspace
 from .affinity import KERNELS, Affinity, AffinityConfig
+from .workspace import Workspace
 
 DENSE_BYTES = 2**29
 """A dense S is smaller than this: N < 11586 in float32, N < 16384 in float16."""

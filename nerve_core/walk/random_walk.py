@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._workspace import Workspace
 from .affinity import AffinityConfig
 from .fusion import FusionConfig, Transition, fuse
+from .workspace import Workspace
 
 DENSE_SOLVE_TOKENS = 1024
 """`exact` solves up to this many tokens directly, more by GMRES."""

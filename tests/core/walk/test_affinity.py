@@ -7,9 +7,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import reference
-from nerve_core import _grid
-from nerve_core._products import linear
-from nerve_core.affinity import KERNELS, Affinity, AffinityConfig, random_directions, unit_rows
+from nerve_core.walk import _grid
+from nerve_core.walk._products import linear
+from nerve_core.walk.affinity import KERNELS, Affinity, AffinityConfig, random_directions, unit_rows
 from tokens import (
     DEVICES,
     KINDS,

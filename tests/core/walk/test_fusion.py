@@ -10,10 +10,9 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import reference
-from nerve_core import fusion
-from nerve_core._workspace import Workspace
-from nerve_core.affinity import KERNELS, Affinity, AffinityConfig, random_directions
-from nerve_core.fusion import (
+from nerve_core.walk import fusion
+from nerve_core.walk.affinity import KERNELS, Affinity, AffinityConfig, random_directions
+from nerve_core.walk.fusion import (
     FusionConfig,
     build_transition,
     choose_operator,
@@ -22,6 +21,7 @@ from nerve_core.fusion import (
     head_entropies,
     row_chunks,
 )
+from nerve_core.walk.workspace import Workspace
 from tokens import (
     DEVICES,
     POSITIVE_KERNELS,

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reference
-from nerve_core import random_walk
-from nerve_core.affinity import AffinityConfig
-from nerve_core.fusion import FusionConfig
-from nerve_core.random_walk import (
+from nerve_core.walk import random_walk
+from nerve_core.walk.affinity import AffinityConfig
+from nerve_core.walk.fusion import FusionConfig
+from nerve_core.walk.random_walk import (
     Refinement,
     WalkConfig,
     choose_steps,
