@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
-from ._layers import lay_out
-from .dense_clip import run_layer
-from .diffusion import cut_unet, run_resnet
 from .errors import ModelError
+from .networks.dense_clip import run_layer
+from .networks.diffusion import cut_unet, run_resnet
+from .networks.layers import lay_out
 from .pairs import Source
 from .settings import Settings
 from .text.cache import EmbeddingCache, space_of

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .dense_clip import DenseClip
-from .diffusion import DiffusionConfig, DiffusionTaps
 from .errors import ModelError, OutOfMemory
-from .frame import GRAPH_AFTER, FrameFeatures, FramePart, Stopwatch
 from .models import bfloat16_is_faster, load_clip, load_diffusion
+from .networks.dense_clip import DenseClip
+from .networks.diffusion import DiffusionConfig, DiffusionTaps
+from .networks.frame import GRAPH_AFTER, FrameFeatures, FramePart, Stopwatch
 from .pairs import ModelPair, Source, find_pair
 from .readout import ClassConfidence, describe_classes, read_out
 from .settings import Settings

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from .dense_clip import ClipConfig
-from .diffusion import DiffusionConfig
 from .errors import ModelError
+from .networks.dense_clip import ClipConfig
+from .networks.diffusion import DiffusionConfig
 from .readout import ReadoutConfig
 from .walk.affinity import AffinityConfig
 from .walk.fusion import FusionConfig

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..dense_clip import HEADS
+from ..networks.dense_clip import HEADS
 from ..report.data import Curve
 from ..settings import Settings
 from .metric import interval, resampled_mean_iou

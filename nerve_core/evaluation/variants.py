@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..dense_clip import ClipConfig
-from ..diffusion import DiffusionConfig
-from ..frame import FramePart
+from ..networks.dense_clip import ClipConfig
+from ..networks.diffusion import DiffusionConfig
+from ..networks.frame import FramePart
 from ..pairs import find_pair
 from ..readout import read_out
 from ..segmenter import Segmenter, check_image

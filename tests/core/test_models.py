@@ -13,8 +13,8 @@ import torch
 from diffusers import AutoencoderTiny
 
 from nerve_core import ModelError, Segmenter, Vocabulary, models
-from nerve_core.diffusion import DiffusionConfig, DiffusionTaps, noise_levels
 from nerve_core.models import load_clip, load_diffusion, quiet_libraries
+from nerve_core.networks.diffusion import DiffusionConfig, DiffusionTaps, noise_levels
 from nerve_core.pairs import Source
 from nerve_core.settings import Settings
 from small_models import (

@@ -450,10 +450,13 @@ def test_a_question_beside_the_stream_does_not_move_where_its_next_walk_starts(c
 # Out of memory.
 
 STAGES_THAT_ALLOCATE = {
-    "preprocess": ("nerve_core.frame._pixels", lambda s, image, queries: s.encode(image)),
-    "clip": ("nerve_core.dense_clip.DenseClip.features", lambda s, image, queries: s.encode(image)),
-    "diffusion": ("nerve_core.diffusion.tapped_projections", lambda s, image, queries: s.encode(image)),
-    "probabilities": ("nerve_core.dense_clip.DenseClip.probabilities", lambda s, image, queries: s(image, queries)),
+    "preprocess": ("nerve_core.networks.frame._pixels", lambda s, image, queries: s.encode(image)),
+    "clip": ("nerve_core.networks.dense_clip.DenseClip.features", lambda s, image, queries: s.encode(image)),
+    "diffusion": ("nerve_core.networks.diffusion.tapped_projections", lambda s, image, queries: s.encode(image)),
+    "probabilities": (
+        "nerve_core.networks.dense_clip.DenseClip.probabilities",
+        lambda s, image, queries: s(image, queries),
+    ),
     "refine": ("nerve_core.segmenter.refine", lambda s, image, queries: s(image, queries)),
     "readout": ("nerve_core.segmenter.read_out", lambda s, image, queries: s(image, queries)),
     "text": ("nerve_core.segmenter.vocabulary_steps", lambda s, image, queries: s.embed(Vocabulary(["new name"]))),

@@ -24,7 +24,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 
-from nerve_core import dense_clip, diffusion, frame, readout, segmenter
+from nerve_core import readout, segmenter
+from nerve_core.networks import dense_clip, diffusion, frame
 from nerve_core.text import cache as text_cache
 from nerve_core.text import encoder
 from nerve_ros.node import main

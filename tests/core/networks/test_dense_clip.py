@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import CLIPModel
 
 import nerve_core
-from nerve_core.dense_clip import HEADS, ClipConfig, DenseClip, PatchFeatures
+from nerve_core.networks.dense_clip import HEADS, ClipConfig, DenseClip, PatchFeatures
 from reference import soft_row
 from small_models import outputs_of, picture, slow_bilinear, small_clip
 

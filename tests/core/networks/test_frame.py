@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from nerve_core import Segmenter, frame
+from nerve_core import Segmenter
 from nerve_core.embedded.scenes import draw_scene
-from nerve_core.frame import GRAPH_AFTER, GRAPHS_KEPT, FramePart, Stopwatch
+from nerve_core.networks import frame
+from nerve_core.networks.frame import GRAPH_AFTER, GRAPHS_KEPT, FramePart, Stopwatch
 
 SMALL = {"input_size": (64, 96), "short_side": 72, "templates": ("a {}.",)}
 CPU = torch.device("cpu")
@@ -119,7 +120,9 @@ def test_a_compiled_network_that_runs_out_of_memory_says_so(monkeypatch):
 
 
 def test_compiled_networks_return_the_same(tmp_path, image, monkeypatch, caplog):
-    monkeypatch.setattr("nerve_core._layers._packs", lambda dtype: False)  # as on a device without oneDNN's layers
+    monkeypatch.setattr(
+        "nerve_core.networks.layers._packs", lambda dtype: False
+    )  # as on a device without oneDNN's layers
     part = Segmenter.from_pretrained("embedded", device="cpu", cache_dir=tmp_path, settings=SMALL).frame_part
     expected, original = part(image), torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **options: original(function, backend="aot_eager"))

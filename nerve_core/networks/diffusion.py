@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ._layers import attend, lay_out
+from .layers import attend, lay_out
 
 ENCODERS = ("vae", "taesd")
 

@@ -22,8 +22,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import nerve_core
-from nerve_core._layers import lay_out
-from nerve_core.diffusion import (
+from nerve_core.networks.diffusion import (
     DiffusionConfig,
     DiffusionTaps,
     cut_encoder,
@@ -33,6 +32,7 @@ from nerve_core.diffusion import (
     noise_levels,
     tapped_projections,
 )
+from nerve_core.networks.layers import lay_out
 from small_models import (
     POSITIONS,
     WIDTH,

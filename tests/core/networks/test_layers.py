@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from nerve_core import _layers
-from nerve_core._layers import attend, lay_out
+from nerve_core.networks import layers
+from nerve_core.networks.layers import attend, lay_out
 
 SIZES = [(1, 2, 6, 9, 8), (2, 3, 769, 77, 40), (1, 1, 700, 1900, 16), (1, 3, 2, 5, 4)]
 
@@ -26,8 +26,8 @@ def test_attention_in_blocks_equals_the_library_s(size, spread, monkeypatch):
     v = sample(batch, heads, others, width, seed=2)
     expected = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
     for scores in (1 << 20, 1000, 3):  # many heads at once, some rows at a time, less than a row
-        monkeypatch.setattr(_layers, "_SCORES_AT_ONCE", scores)
-        torch.testing.assert_close(_layers._attend_in_blocks(q, k, v).double(), expected, rtol=1e-4, atol=1e-4)
+        monkeypatch.setattr(layers, "_SCORES_AT_ONCE", scores)
+        torch.testing.assert_close(layers._attend_in_blocks(q, k, v).double(), expected, rtol=1e-4, atol=1e-4)
         if scores > 3:
             ours = attend(q.bfloat16(), k.bfloat16(), v.bfloat16())
             assert ours.dtype == torch.bfloat16
@@ -77,7 +77,7 @@ def test_a_network_laid_out_returns_the_same(dtype, size):
 
 
 def test_a_network_laid_out_holds_its_weights_once():
-    if not _layers._packs(torch.float32):
+    if not layers._packs(torch.float32):
         pytest.skip("oneDNN keeps no weights in its own order here")
     kept = {name for name, _ in lay_out(Network()).named_parameters()}
     assert not [name for name in kept if name.endswith("weight") and "linears.0" not in name]
@@ -87,19 +87,19 @@ def test_without_the_operators_layers_stay_as_they_are(monkeypatch):
     def gone(*_):
         raise AttributeError("no such operator")
 
-    monkeypatch.setitem(_layers._PACKED, nn.Linear, gone)
-    _layers._packs.cache_clear()
+    monkeypatch.setitem(layers._PACKED, nn.Linear, gone)
+    layers._packs.cache_clear()
     try:
-        assert not _layers._packs(torch.float32)
+        assert not layers._packs(torch.float32)
         network = lay_out(Network())
         assert [type(layer) for layer in network.convs] == [nn.Conv2d] * 4
         assert network.convs[0].weight.is_contiguous(memory_format=torch.channels_last)
     finally:
-        _layers._packs.cache_clear()
+        layers._packs.cache_clear()
 
 
 def test_trying_the_operators_leaves_the_random_numbers_alone():
-    _layers._packs.cache_clear()
+    layers._packs.cache_clear()
     state = torch.get_rng_state()
-    _layers._packs(torch.float32)
+    layers._packs(torch.float32)
     assert torch.equal(torch.get_rng_state(), state)

@@ -1,0 +1,1 @@
+"""An image in, CLIP's patch embeddings and the diffusion model's Q and K out."""
