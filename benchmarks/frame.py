@@ -111,7 +111,7 @@ def measure(task: Task) -> dict[str, Any]:
     """
     import torch
 
-    from nerve_core.models import quiet_libraries
+    from nerve_core.models.loading import quiet_libraries
 
     quiet_libraries()
     if task.side == "checks":
@@ -187,7 +187,7 @@ def _plain(task: Task) -> tuple[Callable[[np.ndarray], dict[str, float]], Callab
     import torch
     from torch.nn.functional import normalize
 
-    from nerve_core.pairs import find_pair
+    from nerve_core.models.pairs import find_pair
 
     from .plain_frame import PlainNerve
 

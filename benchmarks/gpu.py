@@ -17,7 +17,7 @@ import torch
 import typer
 from rich.console import Console
 
-from nerve_core.models import quiet_libraries
+from nerve_core.models.loading import quiet_libraries
 
 from .ceiling import ceiling
 from .frame import Task, compare, measure_apart

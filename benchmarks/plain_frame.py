@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPModel
 
-from nerve_core.pairs import ModelPair
+from nerve_core.models.pairs import ModelPair
 
 STEPS = 40
 """L of the paper."""

@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from nerve_core.pairs import find_pair
+from nerve_core.models.pairs import find_pair
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ def measure(bag: Path, topic: str, names: str, model: str, device: str, images: 
     """
     import torch
 
-    from nerve_core.models import quiet_libraries
+    from nerve_core.models.loading import quiet_libraries
     from nerve_core.replay.frames import Losses, Selection, read_frames
     from nerve_core.replay.reading import Bag
     from nerve_core.replay.run import replay

@@ -17,10 +17,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPConfig, CLIPModel
 
 from nerve_core import Segmenter, Vocabulary
-from nerve_core.models import quiet_libraries
+from nerve_core.models.loading import quiet_libraries
+from nerve_core.models.pairs import ModelPair, find_pair
 from nerve_core.networks.dense_clip import DenseClip
 from nerve_core.networks.diffusion import DiffusionTaps, tapped_projections
-from nerve_core.pairs import ModelPair, find_pair
 from nerve_core.readout import read_out
 from nerve_core.settings import Settings
 

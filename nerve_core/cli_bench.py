@@ -136,7 +136,7 @@ def frame(
 ) -> None:
     """Time a whole frame beside plain diffusers and transformers, each in a process of its own."""
     benchmark = load_benchmark("frame")
-    from .models import quiet_libraries
+    from .models.loading import quiet_libraries
     from .segmenter import find_device
 
     quiet_libraries()

@@ -63,7 +63,7 @@ class Run:
 
         Raises ModelError, ValueError.
         """
-        from .pairs import find_pair
+        from .models.pairs import find_pair
         from .settings import Settings
 
         asked = {} if dataset is None else dataset.settings

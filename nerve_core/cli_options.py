@@ -35,7 +35,7 @@ def say(text: str, style: str | None = None) -> None:
 
 def load(model: str, device: str, precision: str | None, preset: str, overrides: Iterable[str] | None) -> Segmenter:
     """A segmenter by the command line's options."""
-    from .models import quiet_libraries
+    from .models.loading import quiet_libraries
     from .segmenter import Segmenter
 
     quiet_libraries()

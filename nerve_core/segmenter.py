@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from .errors import ModelError, OutOfMemory
-from .models import bfloat16_is_faster, load_clip, load_diffusion
+from .models.loading import bfloat16_is_faster, load_clip, load_diffusion
+from .models.pairs import ModelPair, Source, find_pair
+from .models.weights import hub_is_off
 from .networks.dense_clip import DenseClip
 from .networks.diffusion import DiffusionConfig, DiffusionTaps
 from .networks.frame import GRAPH_AFTER, FrameFeatures, FramePart, Stopwatch
-from .pairs import ModelPair, Source, find_pair
 from .readout import ClassConfidence, describe_classes, read_out
 from .settings import Settings
 from .text.cache import EmbeddingCache, cache_folder
@@ -31,7 +32,6 @@ from .text.templates import template_set
 from .text.vocabulary import UNLABELLED, Vocabulary
 from .walk.random_walk import Refinement, refine
 from .walk.workspace import Workspace
-from .weights import hub_is_off
 
 _VOCABULARIES_KEPT = 32
 _log = logging.getLogger(__name__)

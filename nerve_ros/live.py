@@ -100,7 +100,7 @@ class Played:
         """A segmenter by the node's own parameters, with as many threads as the node has."""
         import torch
 
-        from nerve_core.models import quiet_libraries
+        from nerve_core.models.loading import quiet_libraries
         from nerve_core.segmenter import Segmenter
 
         quiet_libraries()

@@ -125,7 +125,7 @@ class Pipeline:
     def load(self, config: NodeConfig, device: str) -> None:
         """Load the model pair that `config` names on `device`. Raises ModelError, ValueError or RuntimeError."""
         from nerve_core import Segmenter
-        from nerve_core.models import quiet_libraries
+        from nerve_core.models.loading import quiet_libraries
 
         quiet_libraries()
         self.stage = f"loading model pair '{config.model}'"

@@ -14,7 +14,7 @@ import typer
 
 from nerve_core import Segmenter, Vocabulary
 from nerve_core.embedded.scenes import NAMES, draw_scene
-from nerve_core.models import quiet_libraries
+from nerve_core.models.loading import quiet_libraries
 from nerve_core.readout import read_out
 from nerve_core.visualize import overlay
 

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..pairs import find_pair
+from ..models.pairs import find_pair
+from ..models.weights import DIFFUSION_FILES, hub_is_off, local_folder
 from ..report.data import Curve, Published, SetScores
 from ..settings import Settings
-from ..weights import DIFFUSION_FILES, hub_is_off, local_folder
 from .variants import Variant, combinations
 
 _PAPER = "arXiv 2511.08248, Table 1"

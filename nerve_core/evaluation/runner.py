@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from ..pairs import find_pair
+from ..models.pairs import find_pair
+from ..models.weights import FILES, digest, hub_is_off, local_folder, weight_file
 from ..segmenter import find_device
 from ..settings import Settings
-from ..weights import FILES, digest, hub_is_off, local_folder, weight_file
 from .metric import ConfusionMatrix, mean_iou
 from .runlog import RunError, RunLog
 from .variants import Variant, settings_of

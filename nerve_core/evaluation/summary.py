@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..pairs import find_pair
+from ..models.pairs import find_pair
 from ..report.data import Picture, Published, Report, Score, SetScores
 from ..report.files import ReportError, read_report
 from ..report.pictures import save_picture

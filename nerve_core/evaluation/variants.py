@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..models.pairs import find_pair
 from ..networks.dense_clip import ClipConfig
 from ..networks.diffusion import DiffusionConfig
 from ..networks.frame import FramePart
-from ..pairs import find_pair
 from ..readout import read_out
 from ..segmenter import Segmenter, check_image
 from ..settings import Settings

@@ -123,7 +123,7 @@ class Worker:
     def _loaded(self) -> Variants:
         import torch
 
-        from ..models import quiet_libraries
+        from ..models.loading import quiet_libraries
         from .variants import Variants
 
         quiet_libraries()

@@ -19,7 +19,7 @@ import cv2
 import numpy as np
 
 from ..evaluation.runner import versions
-from ..pairs import find_pair
+from ..models.pairs import find_pair
 from ..report.data import Camera, Live, Picture, Report
 from ..report.pictures import save_picture
 from ..segmenter import Segmentation, Segmenter

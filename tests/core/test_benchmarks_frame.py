@@ -11,7 +11,7 @@ from nerve_benchmarks.frame import names, picture
 from nerve_benchmarks.plain_frame import PlainNerve
 from nerve_benchmarks.random_pair import ARCHITECTURES, Architecture, write_random_pair
 from nerve_core import Segmenter, Vocabulary
-from nerve_core.pairs import find_pair, pair_names
+from nerve_core.models.pairs import find_pair, pair_names
 
 _TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
 NARROW = Architecture(

@@ -13,10 +13,10 @@ from huggingface_hub import constants
 from huggingface_hub.utils import enable_progress_bars
 
 import hub as hubs
-from nerve_core import weights
-from nerve_core.pairs import pair_names
+from nerve_core.models import weights
+from nerve_core.models.pairs import pair_names
+from nerve_core.models.weights import CLIP_FILES
 from nerve_core.text import cache as text_cache
-from nerve_core.weights import CLIP_FILES
 
 NAMES = {"clip": "someone/small-clip", "diffusion": "someone/small-diffusion"}
 

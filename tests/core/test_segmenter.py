@@ -17,7 +17,7 @@ from torch import Tensor
 from nerve_core import ClassConfidence, OutOfMemory, Segmentation, Segmenter, Vocabulary
 from nerve_core import segmenter as rooms
 from nerve_core.embedded.scenes import NAMES, draw_scene
-from nerve_core.pairs import find_pair
+from nerve_core.models.pairs import find_pair
 from nerve_core.readout import describe_classes, read_out
 from nerve_core.segmenter import STAGES
 from nerve_core.text.encoder import exhaust, vocabulary_steps

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from nerve_core.pairs import find_pair, pair_names
+from nerve_core.models.pairs import find_pair, pair_names
 from nerve_core.settings import PRESETS, Settings, preset
 
 

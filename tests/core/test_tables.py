@@ -25,7 +25,7 @@ from nerve_core.evaluation.protocols import (
 from nerve_core.evaluation.runner import make_task, run_set
 from nerve_core.evaluation.summary import scores, set_scores
 from nerve_core.evaluation.workers import InProcess
-from nerve_core.pairs import find_pair
+from nerve_core.models.pairs import find_pair
 from nerve_core.report.data import Score, SetScores
 from nerve_core.settings import Settings
 from nerve_core.text.vocabulary import Vocabulary

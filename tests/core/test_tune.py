@@ -15,7 +15,7 @@ from nerve_core.evaluation.metric import ConfusionMatrix
 from nerve_core.evaluation.runner import Tally, make_task, run_set
 from nerve_core.evaluation.tune import AXES, OWN, TUNED, Gain, curves, gain, search, split
 from nerve_core.evaluation.variants import Variant
-from nerve_core.pairs import find_pair
+from nerve_core.models.pairs import find_pair
 from nerve_core.settings import Settings
 from small_sets import SIZE, SmallScenes, Told
 

@@ -24,9 +24,9 @@ from nerve_core.evaluation.metric import ConfusionMatrix
 from nerve_core.evaluation.protocols import STEPS, table_variants
 from nerve_core.evaluation.refinements import Refine
 from nerve_core.evaluation.variants import Variant, Variants
-from nerve_core.models import load_diffusion, quiet_libraries
+from nerve_core.models.loading import load_diffusion, quiet_libraries
+from nerve_core.models.pairs import find_pair
 from nerve_core.networks.diffusion import DiffusionTaps
-from nerve_core.pairs import find_pair
 from nerve_core.settings import PRESETS, Settings
 from nerve_core.walk.affinity import KERNELS
 

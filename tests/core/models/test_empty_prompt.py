@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import CLIPTextModel
 
-from nerve_core.models import empty_prompt, load_tokenizer
+from nerve_core.models.loading import empty_prompt, load_tokenizer
 from nerve_core.text.cache import EmbeddingCache
 from small_models import byte_tokenizer, save_pair, small_text_encoder
 

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
 
 from nerve_core import ModelError, Segmenter
-from nerve_core.verify import verify
+from nerve_core.models.verify import verify
 from small_models import PAIR_SETTINGS, byte_tokenizer, narrow_sd21_unet, replace, sd_scheduler, small_vae
 
 CLIP = "clip/model.safetensors"

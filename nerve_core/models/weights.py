@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from .errors import ModelError
+from ..errors import ModelError
 from .pairs import Source
 
 _log = logging.getLogger(__name__)

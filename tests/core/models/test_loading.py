@@ -12,10 +12,11 @@ import safetensors.torch
 import torch
 from diffusers import AutoencoderTiny
 
-from nerve_core import ModelError, Segmenter, Vocabulary, models
-from nerve_core.models import load_clip, load_diffusion, quiet_libraries
+from nerve_core import ModelError, Segmenter, Vocabulary
+from nerve_core.models import loading
+from nerve_core.models.loading import load_clip, load_diffusion, quiet_libraries
+from nerve_core.models.pairs import Source
 from nerve_core.networks.diffusion import DiffusionConfig, DiffusionTaps, noise_levels
-from nerve_core.pairs import Source
 from nerve_core.settings import Settings
 from small_models import (
     PAIR_SETTINGS,
@@ -210,28 +211,28 @@ def test_bfloat16_is_chosen_where_the_networks_own_layers_are_faster_in_it(pair,
         ran.append((type(module).__name__, tuple(x.shape), x.dtype))
         clock[0] += half if x.dtype == torch.bfloat16 else whole
 
-    monkeypatch.setattr(models.time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(models, "run_resnet", layer)
-    monkeypatch.setattr(models, "run_layer", layer)
+    monkeypatch.setattr(loading.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(loading, "run_resnet", layer)
+    monkeypatch.setattr(loading, "run_layer", layer)
     arguments = (Source(str(pair / "clip")), Source(str(pair / "diffusion")), Settings().replaced(PAIR_SETTINGS))
-    monkeypatch.setattr(models, "bfloat16_kernels", lambda: True)
-    assert models.bfloat16_is_faster(*arguments, cache_dir=None, offline=True) is faster
+    monkeypatch.setattr(loading, "bfloat16_kernels", lambda: True)
+    assert loading.bfloat16_is_faster(*arguments, cache_dir=None, offline=True) is faster
     assert {(name, shape) for name, shape, _ in ran} == {
         ("ResnetBlock2D", (1, 8, 4, 128)),
         ("ResnetBlock2D", (1, 8, 8, 16)),
         ("CLIPEncoderLayer", (1, 1 + 6 * 8, 24)),
     }
     ran.clear()
-    monkeypatch.setattr(models, "bfloat16_kernels", lambda: False)
-    assert models.bfloat16_is_faster(*arguments, cache_dir=None, offline=True) is False
+    monkeypatch.setattr(loading, "bfloat16_kernels", lambda: False)
+    assert loading.bfloat16_is_faster(*arguments, cache_dir=None, offline=True) is False
     assert ran == []
 
 
-@pytest.mark.skipif(not models.bfloat16_kernels(), reason="PyTorch has no bfloat16 kernels for this processor")
+@pytest.mark.skipif(not loading.bfloat16_kernels(), reason="PyTorch has no bfloat16 kernels for this processor")
 def test_the_layers_that_are_timed_run_in_both_precisions(pair):
     settings = Settings().replaced(PAIR_SETTINGS)
     sources = (Source(str(pair / "clip")), Source(str(pair / "diffusion")))
-    assert models.bfloat16_is_faster(*sources, settings, cache_dir=None, offline=True) in (True, False)
+    assert loading.bfloat16_is_faster(*sources, settings, cache_dir=None, offline=True) in (True, False)
 
 
 @pytest.mark.parametrize(

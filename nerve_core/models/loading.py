@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
-from .errors import ModelError
-from .networks.dense_clip import run_layer
-from .networks.diffusion import cut_unet, run_resnet
-from .networks.layers import lay_out
+from ..errors import ModelError
+from ..networks.dense_clip import run_layer
+from ..networks.diffusion import cut_unet, run_resnet
+from ..networks.layers import lay_out
+from ..settings import Settings
+from ..text.cache import EmbeddingCache, space_of
 from .pairs import Source
-from .settings import Settings
-from .text.cache import EmbeddingCache, space_of
 from .weights import CLIP_FILES, DIFFUSION_FILES, HALF, TAESD_FILES, identity, local_folder, weight_file
 
 Network = TypeVar("Network", bound=nn.Module)

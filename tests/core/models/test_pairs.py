@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from nerve_core import ModelError, Segmenter, Vocabulary
-from nerve_core.pairs import Source, find_pair, pair_names
+from nerve_core.models.pairs import Source, find_pair, pair_names
 from nerve_core.settings import Settings
 from small_models import PAIR_SETTINGS, replace
 

@@ -16,10 +16,10 @@ from safetensors import safe_open
 from torch import nn
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from .errors import ModelError
-from .networks.diffusion import noise_levels
+from ..errors import ModelError
+from ..networks.diffusion import noise_levels
+from ..settings import Settings
 from .pairs import ModelPair, Source, find_pair
-from .settings import Settings
 from .weights import FILES, PICKLES, cached_folder, digest, in_words, weight_file
 
 _PHRASE = "a photo of a mug."

@@ -17,9 +17,10 @@ import pytest
 from huggingface_hub import constants, file_download
 
 import hub as hubs
-from nerve_core import ModelError, Segmenter, Vocabulary, weights
-from nerve_core.pairs import Source
-from nerve_core.weights import (
+from nerve_core import ModelError, Segmenter, Vocabulary
+from nerve_core.models import weights
+from nerve_core.models.pairs import Source
+from nerve_core.models.weights import (
     CLIP_FILES,
     DIFFUSION_FILES,
     cached_folder,
@@ -36,7 +37,7 @@ from unprivileged import without_privileges
 NAMES = {"clip": "someone/small-clip", "diffusion": "someone/small-diffusion"}
 CLIP, DIFFUSION = Source(NAMES["clip"]), Source(NAMES["diffusion"])
 UNET = "unet/diffusion_pytorch_model.safetensors"
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
@@ -199,7 +200,7 @@ def test_a_token_is_sent_and_none_without_one(hub, cache, monkeypatch):
 
 
 def test_the_first_start_fetches_and_the_second_asks_nobody(hub, pair, cache, caplog):
-    with caplog.at_level(logging.INFO, logger="nerve_core.weights"):
+    with caplog.at_level(logging.INFO, logger="nerve_core.models.weights"):
         segmenter = Segmenter.from_pretrained(str(pair), device="cpu", cache_dir=cache)
     assert segmenter(np.zeros((9, 9, 3), np.uint8), Vocabulary(["ball"])).labels.shape == (9, 9)
     assert "fetching someone/small-diffusion: " in caplog.text

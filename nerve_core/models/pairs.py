@@ -9,9 +9,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from .errors import ModelError
+from ..errors import ModelError
 
-_HERE = Path(__file__).parent
+_PAIRS = Path(__file__).with_name("pairs")
+_EMBEDDED = Path(__file__).parents[1] / "embedded" / "pair.json"
 _FULL_SIZE = "sd21-clipl14"  # whose settings a pair named as CLIP+DIFFUSION gets
 CPU_PRECISIONS = ("fp32", "bf16")
 
@@ -61,7 +62,7 @@ class ModelPair:
 
 def pair_names() -> tuple[str, ...]:
     """The pairs that are known by name."""
-    return ("embedded", *sorted(path.stem for path in (_HERE / "pairs").glob("*.json")))
+    return ("embedded", *sorted(path.stem for path in _PAIRS.glob("*.json")))
 
 
 def find_pair(name: str) -> ModelPair:
@@ -72,9 +73,9 @@ def find_pair(name: str) -> ModelPair:
     Raises ModelError.
     """
     if name == "embedded":
-        path = _HERE / "embedded" / "pair.json"
+        path = _EMBEDDED
     elif name in pair_names():
-        path = _HERE / "pairs" / f"{name}.json"
+        path = _PAIRS / f"{name}.json"
     else:
         path = Path(name).expanduser() / "pair.json"
     if path.is_file():
@@ -82,7 +83,7 @@ def find_pair(name: str) -> ModelPair:
     sides = name.split("+")
     if len(sides) == 2 and all(sides):
         clip, diffusion = (_side(side, name) for side in sides)
-        return replace(_read(_HERE / "pairs" / f"{_FULL_SIZE}.json"), name=name, clip=clip, diffusion=diffusion)
+        return replace(_read(_PAIRS / f"{_FULL_SIZE}.json"), name=name, clip=clip, diffusion=diffusion)
     raise ModelError(
         f"model {name!r} is neither a known pair ({', '.join(pair_names())}) nor a folder with a pair.json "
         f"(looked for {path}) nor CLIP+DIFFUSION, each a folder or a hub id (owner/name)"
