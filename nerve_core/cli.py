@@ -126,7 +126,7 @@ def _write(image: np.ndarray, found: Segmentation, target: Path) -> dict[str, An
     """Write one image's files and return what they say."""
     from PIL import Image
 
-    from .visualize import overlay, palette
+    from .images.visualize import overlay, palette
 
     mask = Image.fromarray(found.labels, "P")
     mask.putpalette(palette().tobytes())

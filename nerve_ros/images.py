@@ -1,9 +1,9 @@
 """Room: message -> numpy, and numpy -> message, for the node.
 
-What every cv_bridge converts alike goes through cv_bridge; what some do not know (the one on PyPI has no yuv422, no
-mono16 and no bayer_grbg8) or read wrongly (padded rows, is_bigendian with numpy 2) goes through nerve_core.encodings,
-which gives the same pixels where both can: a picture has the same mask on every installation, and in a bag that is
-replayed without ROS.
+What every cv_bridge converts alike goes through cv_bridge. What some do not know (the one on PyPI has no yuv422, no
+mono16 and no bayer_grbg8) or read wrongly (padded rows, is_bigendian with numpy 2) goes through
+nerve_core.images.encodings, which gives the same pixels where both can: a picture has the same mask on every
+installation, and in a bag that is replayed without ROS.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from cv_bridge import CvBridge, CvBridgeError
 from sensor_msgs.msg import CompressedImage, Image
 from std_msgs.msg import Header
 
-from nerve_core import encodings
-from nerve_core.encodings import ACCEPTED_ENCODINGS, MAX_FRAME_ID, MAX_SIDE, ImageError, check_image
+from nerve_core.images import encodings
+from nerve_core.images.encodings import ACCEPTED_ENCODINGS, MAX_FRAME_ID, MAX_SIDE, ImageError, check_image
 
 __all__ = [
     "ACCEPTED_ENCODINGS",

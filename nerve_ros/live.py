@@ -25,7 +25,7 @@ from rosgraph_msgs.msg import Clock
 from sensor_msgs.msg import CompressedImage, Image
 from std_msgs.msg import Header
 
-from nerve_core.encodings import ImageError, to_rgb
+from nerve_core.images.encodings import ImageError, to_rgb
 from nerve_core.replay.frames import Frame, Losses, Selection, key, read_messages, stamp_of
 from nerve_core.replay.messages import COMPRESSED_IMAGE, IMAGE
 from nerve_core.replay.reading import Bag

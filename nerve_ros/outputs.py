@@ -142,7 +142,7 @@ class Outputs:
 
         The overlay is drawn only while somebody subscribes to it. maps: the labels that the segmentation has maps of.
         """
-        from nerve_core.visualize import overlay
+        from nerve_core.images.visualize import overlay
 
         masks = with_ids(segmentation, labels, id_table)
         self._mask.publish(mono8_message(header, masks.mask))

@@ -45,7 +45,7 @@ from rich.text import Text
 from sensor_msgs.msg import Image
 from vision_msgs.msg import LabelInfo
 
-from nerve_core.visualize import palette
+from nerve_core.images.visualize import palette
 from nerve_ros.images import ImageError, to_rgb
 from nerve_ros.msg import ClassConfidenceArray
 

@@ -14,9 +14,9 @@ import typer
 
 from nerve_core import Segmenter, Vocabulary
 from nerve_core.embedded.scenes import NAMES, draw_scene
+from nerve_core.images.visualize import overlay
 from nerve_core.models.loading import quiet_libraries
 from nerve_core.readout import read_out
-from nerve_core.visualize import overlay
 
 SCENES = ((77, 9), (77, 23), (77, 41))
 

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import track
 
 from nerve_core.embedded.scenes import NAMES, Scene, draw_scenes
-from nerve_core.visualize import palette
+from nerve_core.images.visualize import palette
 
 console = Console(stderr=True)
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from ..encodings import ImageError, check_image, is_compressed, to_labels, to_rgb
 from ..evaluation.metric import IGNORED
+from ..images.encodings import ImageError, check_image, is_compressed, to_labels, to_rgb
 from ..text.vocabulary import BACKGROUND, Vocabulary
 from .messages import IMAGE_TYPES, LABEL_INFO, STRING, VOCABULARY
 from .reading import Bag, BagError, MessageError, Topic

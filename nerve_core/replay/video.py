@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import cv2
 import numpy as np
 
-from ..visualize import overlay
+from ..images.visualize import overlay
 from .frames import Frame
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from ..images.visualize import palette
 from ..text.vocabulary import BACKGROUND, UNLABELLED
-from ..visualize import palette
 from . import charts
 from .data import Camera, Curve, Picture, Presence, Report, Score
 from .files import ReportError, camera_labels, label_name, write_results, write_tables

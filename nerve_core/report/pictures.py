@@ -10,8 +10,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from ..images.visualize import hatch_ignored, overlay
 from ..text.vocabulary import BACKGROUND, UNLABELLED
-from ..visualize import hatch_ignored, overlay
 from .data import Picture
 
 WIDTH = 480

@@ -8,8 +8,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from nerve_core.images.visualize import contact_sheet, overlay
 from nerve_core.replay.video import opens
-from nerve_core.visualize import contact_sheet, overlay
 from nerve_ros.demo.recording import Recording
 from nerve_ros.demo.report import Asked, Segmented
 

@@ -14,7 +14,7 @@ from generated_sets import write_folder
 from nerve_core import Segmenter, Vocabulary
 from nerve_core.cli_options import read_settings
 from nerve_core.embedded.scenes import draw_scene, draw_scenes
-from nerve_core.visualize import palette
+from nerve_core.images.visualize import palette
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from rosbags.rosbag2 import CompressionMode, StoragePlugin
 
 import bags
 from bags import START, STEP, TOPIC
-from nerve_core.encodings import ImageError, to_labels
+from nerve_core.images.encodings import ImageError, to_labels
 from nerve_core.replay.frames import (
     Losses,
     Selection,

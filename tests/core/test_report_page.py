@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reports
+from nerve_core.images.visualize import palette
 from nerve_core.report import Picture, ReportError, charts, page, read_report, save_picture, write_report
-from nerve_core.visualize import palette
 
 
 def text_of(path) -> str:

@@ -13,8 +13,8 @@ from sensor_msgs.msg import CompressedImage, Image
 from std_msgs.msg import Header
 
 import pictures
-from nerve_core import encodings
-from nerve_core.encodings import MAX_PIXELS, MAX_SCANS, MAX_SIDE
+from nerve_core.images import encodings
+from nerve_core.images.encodings import MAX_PIXELS, MAX_SCANS, MAX_SIDE
 from nerve_core.replay.messages import typestore
 from nerve_ros.images import (
     ACCEPTED_ENCODINGS,

@@ -33,7 +33,7 @@ from std_msgs.msg import Header, String
 from vision_msgs.msg import LabelInfo, VisionClass
 
 import harness
-from nerve_core.visualize import palette
+from nerve_core.images.visualize import palette
 from nerve_ros import watch
 from nerve_ros.msg import ClassConfidence, ClassConfidenceArray
 from nerve_ros.srv import Locate

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nerve_core.visualize import _printable, contact_sheet, overlay, palette
+from nerve_core.images.visualize import _printable, contact_sheet, overlay, palette
 
 
 def image_of(size, seed=0):

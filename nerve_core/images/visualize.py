@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
-from .text.vocabulary import BACKGROUND, UNLABELLED
+from ..text.vocabulary import BACKGROUND, UNLABELLED
 
 _FONT = cv2.FONT_HERSHEY_DUPLEX
 
