@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nerve_core.cli import app, main
-from nerve_core.cli_options import AsJson, Device, Model, Precision, Preset, Set, console, load
+from nerve_core.cli.app import app, main
+from nerve_core.cli.options import AsJson, Device, Model, Precision, Preset, Set, console, load
 
 if TYPE_CHECKING:
     from nerve_core.replay.frames import Frame

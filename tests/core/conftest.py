@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from nerve_core.cli import main
+from nerve_core.cli.app import main
 from small_models import save_pair
 
 torch.set_num_threads(1)

@@ -8,7 +8,7 @@ import pytest
 import typer.testing
 
 import reports
-from nerve_core.cli_report import report as command
+from nerve_core.cli.report import report as command
 from nerve_core.report import ReportError, compare, save_picture, write_comparison, write_report
 from test_report_page import text_of
 

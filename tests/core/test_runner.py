@@ -250,7 +250,7 @@ def test_what_was_found_before_an_interruption_is_kept(told, tmp_path):
 
 
 def test_a_command_that_is_killed_goes_on(tmp_path):
-    command = [sys.executable, "-c", "from nerve_core.cli import main; main()", "eval", "scenes", "--seed", "5"]
+    command = [sys.executable, "-c", "from nerve_core.cli.app import main; main()", "eval", "scenes", "--seed", "5"]
     command += ["--count", "6", "--refine", "none", "--device", "cpu", "--out", str(tmp_path / "out"), "--json"]
     lines = tmp_path / "out" / "scenes" / "images.jsonl"
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:

@@ -292,7 +292,7 @@ def run_nerve(hub, cache, *arguments):
         "OMP_WAIT_POLICY": "PASSIVE",
         "NO_PROXY": "127.0.0.1",
     }
-    command = [sys.executable, "-c", "from nerve_core.cli import main; main()", *arguments]
+    command = [sys.executable, "-c", "from nerve_core.cli.app import main; main()", *arguments]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

@@ -293,7 +293,7 @@ def test_a_cache_that_cannot_be_written_costs_no_embedding(clip, tokenizer, tmp_
 
 
 @pytest.mark.parametrize(
-    "module", ["text.vocabulary", "images.visualize", "models.pairs", "cli", "text.cache", "text.templates"]
+    "module", ["text.vocabulary", "images.visualize", "models.pairs", "cli.app", "text.cache", "text.templates"]
 )
 def test_names_colours_and_the_command_do_without_the_model_libraries(module):
     code = (

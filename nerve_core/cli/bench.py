@@ -43,7 +43,7 @@ def walk(
 ) -> None:
     """Time the walk from Q, K and G beside plain versions of other refinements, on a made-up scene."""
     compare_walks = load_benchmark("walk").compare_walks
-    from .segmenter import find_device
+    from ..segmenter import find_device
 
     chosen = str(find_device(device))
     with console.status("drawing the scene") as status:
@@ -136,8 +136,8 @@ def frame(
 ) -> None:
     """Time a whole frame beside plain diffusers and transformers, each in a process of its own."""
     benchmark = load_benchmark("frame")
-    from .models.loading import quiet_libraries
-    from .segmenter import find_device
+    from ..models.loading import quiet_libraries
+    from ..segmenter import find_device
 
     quiet_libraries()
     columns, _, rows = size.partition("x")

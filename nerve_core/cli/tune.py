@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .cli_eval import SETS, Limit, Run, check_out, counted, measures, open_set, show
-from .cli_options import console, say, words
+from .eval import SETS, Limit, Run, check_out, counted, measures, open_set, show
+from .options import console, say, words
 
 if TYPE_CHECKING:
-    from .evaluation.runner import Tally
-    from .evaluation.variants import Variant
-    from .evaluation.workers import ImageSet
+    from ..evaluation.runner import Tally
+    from ..evaluation.variants import Variant
+    from ..evaluation.workers import ImageSet
 
 _HELD_OUT = "held-out"
 SETTINGS = "settings.json"
@@ -41,10 +41,10 @@ def tune(
     spent. Images that are held out are looked at once, at the end, and say what is gained and how sure that is. Writes
     settings.json, to be given as --set @settings.json or to be put into a pair.json.
     """
-    from .evaluation import summary
-    from .evaluation import tune as tuning
-    from .evaluation.variants import Variant
-    from .report.page import write_report
+    from ..evaluation import summary
+    from ..evaluation import tune as tuning
+    from ..evaluation.variants import Variant
+    from ..report.page import write_report
 
     if run.out is None:
         raise ValueError("nerve tune needs --out DIR, for the settings it finds and what it found them by")

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
-    from .segmenter import Segmenter
+    from ..segmenter import Segmenter
 
 console = Console(stderr=True)
 
@@ -35,8 +35,8 @@ def say(text: str, style: str | None = None) -> None:
 
 def load(model: str, device: str, precision: str | None, preset: str, overrides: Iterable[str] | None) -> Segmenter:
     """A segmenter by the command line's options."""
-    from .models.loading import quiet_libraries
-    from .segmenter import Segmenter
+    from ..models.loading import quiet_libraries
+    from ..segmenter import Segmenter
 
     quiet_libraries()
     with console.status(f"loading {model}"):

@@ -11,9 +11,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .models.pairs import ModelPair, Source, find_pair, pair_names
-from .models.weights import FILES, Download, cached_folder, check_space, fetch, file_names, hub_cache, in_words, plan
-from .text.cache import EmbeddingCache, cache_folder
+from ..models.pairs import ModelPair, Source, find_pair, pair_names
+from ..models.weights import FILES, Download, cached_folder, check_space, fetch, file_names, hub_cache, in_words, plan
+from ..text.cache import EmbeddingCache, cache_folder
 
 models = typer.Typer(no_args_is_help=True, help="Fetch and check the weights of model pairs.")
 
@@ -94,8 +94,8 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Check that a pair's files are what its networks need; exit code 1 if not. Nothing is fetched."""
-    from .models.loading import quiet_libraries
-    from .models.verify import verify as check  # imports the model libraries, which takes seconds
+    from ..models.loading import quiet_libraries
+    from ..models.verify import verify as check  # imports the model libraries, which takes seconds
 
     quiet_libraries()
     findings = check(pair, cache_dir=_text(cache_dir), deep=deep)

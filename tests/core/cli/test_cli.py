@@ -12,7 +12,7 @@ from PIL import Image
 
 from generated_sets import write_folder
 from nerve_core import Segmenter, Vocabulary
-from nerve_core.cli_options import read_settings
+from nerve_core.cli.options import read_settings
 from nerve_core.embedded.scenes import draw_scene, draw_scenes
 from nerve_core.images.visualize import palette
 

@@ -17,15 +17,15 @@ from rich.logging import RichHandler
 from rich.progress import track
 from rich.table import Table
 
-from .cli_bench import bench
-from .cli_eval import evaluate
-from .cli_models import models
-from .cli_options import AsJson, Device, Model, Precision, Preset, Set, console, load, say, words
-from .cli_report import report
-from .cli_tune import tune
+from .bench import bench
+from .eval import evaluate
+from .models import models
+from .options import AsJson, Device, Model, Precision, Preset, Set, console, load, say, words
+from .report import report
+from .tune import tune
 
 if TYPE_CHECKING:
-    from .segmenter import Segmentation
+    from ..segmenter import Segmentation
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Find things in images by name.", rich_markup_mode=None
@@ -54,7 +54,7 @@ def segment(
     as_json: AsJson = False,
 ) -> None:
     """Write a mask (PNG with a palette), an overlay and the per-class confidence of every image."""
-    from .text.vocabulary import Vocabulary  # the model libraries take seconds to import: not for --help
+    from ..text.vocabulary import Vocabulary  # the model libraries take seconds to import: not for --help
 
     vocabulary = Vocabulary.parse(names, negatives=None if negatives is None else words(negatives))
     if not vocabulary.names:
@@ -126,7 +126,7 @@ def _write(image: np.ndarray, found: Segmentation, target: Path) -> dict[str, An
     """Write one image's files and return what they say."""
     from PIL import Image
 
-    from .images.visualize import overlay, palette
+    from ..images.visualize import overlay, palette
 
     mask = Image.fromarray(found.labels, "P")
     mask.putpalette(palette().tobytes())

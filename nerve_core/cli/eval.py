@@ -15,15 +15,15 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .cli_options import AsJson, Device, Model, Precision, Preset, Set, console, read_settings, say, words
+from .options import AsJson, Device, Model, Precision, Preset, Set, console, read_settings, say, words
 
 if TYPE_CHECKING:
-    from .evaluation.datasets import Dataset
-    from .evaluation.runner import SetResult
-    from .evaluation.variants import Variant
-    from .evaluation.workers import ImageSet, Task, Workers
-    from .report.data import Report, SetScores
-    from .settings import Settings
+    from ..evaluation.datasets import Dataset
+    from ..evaluation.runner import SetResult
+    from ..evaluation.variants import Variant
+    from ..evaluation.workers import ImageSet, Task, Workers
+    from ..report.data import Report, SetScores
+    from ..settings import Settings
 
 evaluate = typer.Typer(no_args_is_help=True, help="Measure the quality of masks.")
 
@@ -63,15 +63,15 @@ class Run:
 
         Raises ModelError, ValueError.
         """
-        from .models.pairs import find_pair
-        from .settings import Settings
+        from ..models.pairs import find_pair
+        from ..settings import Settings
 
         asked = {} if dataset is None else dataset.settings
         return Settings.of_pair(find_pair(self.model), self.preset, {**asked, **self.settings})
 
     def task(self, dataset: ImageSet, variants: Sequence[Variant]) -> Task:
         """A run on one set. Raises ModelError, ValueError."""
-        from .evaluation.runner import make_task
+        from ..evaluation.runner import make_task
 
         return make_task(
             dataset,
@@ -166,7 +166,7 @@ def _add_set(name: str, title: str) -> None:
         limit: Limit = None,
         run: Run,
     ) -> None:
-        from .evaluation.variants import combinations
+        from ..evaluation.variants import combinations
 
         opened = open_set(name, root, limit)
         show(run, measure(run, opened[0].title, [opened], combinations(axes)))
@@ -182,8 +182,8 @@ def _table(
     axes: Axes,
 ) -> None:
     """Measure one of the paper's tables and show it."""
-    from .evaluation import protocols
-    from .evaluation.datasets import DatasetError
+    from ..evaluation import protocols
+    from ..evaluation.datasets import DatasetError
 
     places = protocols.read_roots(roots)
     opened, missing = [], []
@@ -254,8 +254,8 @@ def scenes(
     run: Run,
 ) -> None:
     """Drawn scenes with known masks: mean IoU, background included, every name asked for."""
-    from .evaluation.scenes import DrawnScenes
-    from .evaluation.variants import combinations
+    from ..evaluation.scenes import DrawnScenes
+    from ..evaluation.variants import combinations
 
     dataset = DrawnScenes(seed, count)
     show(run, measure(run, dataset.title, [(dataset, count)], combinations(axes)))
@@ -263,7 +263,7 @@ def scenes(
 
 def open_set(name: str, root: Path, limit: int | None) -> tuple[Dataset, int]:
     """A set, with the first images alone where a limit is given, and how many it has in all. Raises DatasetError."""
-    from .evaluation.datasets import open_dataset
+    from ..evaluation.datasets import open_dataset
 
     with console.status(f"looking at {name} in {root}"):
         dataset = open_dataset(name, root)
@@ -284,8 +284,8 @@ def measure(
     opened: sets, and how many images each has in all. notes: for the report. table: whose curves are drawn too. Raises
     what the runner raises.
     """
-    from .evaluation import protocols, summary
-    from .report.page import write_report
+    from ..evaluation import protocols, summary
+    from ..report.page import write_report
 
     check_out(run.out, [dataset.name for dataset, _ in opened])
     sets = []
@@ -323,7 +323,7 @@ def counted(
     run: Run, dataset: ImageSet, variants: Sequence[Variant], folder: Path | None, name: str
 ) -> Iterator[tuple[SetResult, Workers]]:
     """One run of variants on a set, behind a bar of that name; gives what it found, and the workers, still there."""
-    from .evaluation.runner import open_workers, run_set
+    from ..evaluation.runner import open_workers, run_set
 
     task = run.task(dataset, variants)
     with closing(open_workers(task, run.workers, run.ray)) as workers:
@@ -334,8 +334,8 @@ def counted(
 
 def check_out(out: Path | None, names: Sequence[str]) -> None:
     """Raise where a folder holds runs that this command is not about, or what the report needs is not installed."""
-    from .evaluation.runlog import DESCRIPTION, RunError
-    from .report.page import libraries_missing
+    from ..evaluation.runlog import DESCRIPTION, RunError
+    from ..report.page import libraries_missing
 
     if out is None:
         return

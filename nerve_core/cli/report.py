@@ -19,7 +19,7 @@ def compare(
     out: Annotated[Path, typer.Option(help="Folder for comparison.html.")] = Path("nerve_comparison"),
 ) -> None:
     """Set two runs of one kind side by side: what differs between them, figures, names and overlays."""
-    from .report import write_comparison  # takes its time to import: not for --help
+    from ..report import write_comparison  # takes its time to import: not for --help
 
     print(write_comparison(a, b, out))
 
@@ -27,6 +27,6 @@ def compare(
 @report.command()
 def show(folder: Folder) -> None:
     """Write report.html anew from a run's results.json."""
-    from .report import read_report, write_page
+    from ..report import read_report, write_page
 
     print(write_page(read_report(folder), folder))

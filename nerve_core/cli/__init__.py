@@ -1,0 +1,1 @@
+"""The `nerve` command without ROS: arguments in, files, tables and JSON out."""
