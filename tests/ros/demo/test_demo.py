@@ -30,7 +30,7 @@ from nerve_ros.demo.report import Asked, Published, make_report, match
 from nerve_ros.demo.schedule import Asking, dump_schedule, load_schedule, schedule_of, usual_schedule
 from nerve_ros.msg import Vocabulary
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SECONDS = 3.0
 IMAGES = 30
 PATIENCE = 240.0

@@ -6,11 +6,11 @@ import json
 import numpy as np
 import pytest
 import typer.testing
+from test_report_page import text_of
 
 import reports
 from nerve_core.cli.report import report as command
 from nerve_core.report import ReportError, compare, save_picture, write_comparison, write_report
-from test_report_page import text_of
 
 
 def written(report, folder):

@@ -11,7 +11,7 @@ import numpy as np
 from nerve_core.embedded.scenes import NAMES, draw_scenes
 from nerve_core.evaluation.datasets import open_dataset
 
-TOOL = Path(__file__).parents[2] / "tools" / "scene_dataset.py"
+TOOL = Path(__file__).parents[3] / "tools" / "scene_dataset.py"
 
 
 def make(out: Path, *options: object) -> subprocess.CompletedProcess:

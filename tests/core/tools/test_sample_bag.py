@@ -19,7 +19,7 @@ from rosbags.highlevel import AnyReader
 
 from nerve_core.embedded.scenes import NAMES, STUFF, Scene
 
-SOURCE = Path(__file__).parents[2] / "tools" / "sample_bag.py"
+SOURCE = Path(__file__).parents[3] / "tools" / "sample_bag.py"
 SECONDS = 2.0
 LIMIT = 15e6
 """Bytes that half a minute of film may take."""
