@@ -56,7 +56,7 @@ _nerve_env() {
   for folder in "$venv"/lib/python3*/site-packages/ros_*.libs "$venv/lib"; do
     _nerve_prepend LD_LIBRARY_PATH "$folder"
   done
-  # Each Python of the wheels starts itself once more to set the library path, in no fixed order, unless told that it is set.
+  # Each Python of the wheels starts itself once more to set the library path, in no fixed order, unless this variable says that it is set.
   export _ROS_WHEELS_BOOTSTRAP_COMPLETE=1
   export ROS_VERSION=2 ROS_PYTHON_VERSION=3 ROS_DISTRO=$distro
   if [[ -n ${RMW_IMPLEMENTATION:-} && ! -e $venv/lib/lib$RMW_IMPLEMENTATION.so ]]; then
