@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -216,6 +217,25 @@ def test_other_code_or_weights_are_another_run(told, tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "digest", lambda path: "0" * 64)
     with pytest.raises(RunError, match=r"model.weights.clip/model.safetensors is "):
         run_set(task, Told(task), folder=tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [
+        *((f"cli/{name}.py", False) for name in ("app", "eval", "segment")),
+        *((name, False) for name in ("report/page.py", "replay/run.py", "images/visualize.py", "models/verify.py")),
+        *((f"evaluation/{name}.py", False) for name in ("protocols", "summary", "tune", "runlog", "ray_workers")),
+        *((name, True) for name in ("segmenter.py", "walk/fusion.py", "images/encodings.py", "evaluation/variants.py")),
+    ],
+)
+def test_code_that_can_change_no_result_is_no_part_of_the_description(monkeypatch, tmp_path, name, counts):
+    core = tmp_path / "nerve_core"
+    shutil.copytree(runner._CORE, core, ignore=shutil.ignore_patterns("*.safetensors", "__pycache__"))
+    monkeypatch.setattr(runner, "_CORE", core)
+    before = runner._code()
+    with (core / name).open("a") as file:
+        file.write("# changed\n")
+    assert (runner._code() != before) == counts
 
 
 def test_a_folder_has_one_writer_and_its_description(told, tmp_path):
