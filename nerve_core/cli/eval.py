@@ -122,14 +122,14 @@ def taking(name: str, build: Callable[..., Any]) -> Callable[[Callable[..., None
             made = build(**{option: given.pop(option) for option in shared})
             function(**given, **{name: made})
 
-        parts = []
+        parts: list[inspect.Parameter] = []
         for part in inspect.signature(function).parameters.values():
             parts += shared.values() if part.name == name else [part]
         known = {**get_type_hints(function, include_extras=True), **hints}
         parts = [part.replace(annotation=known[part.name], kind=inspect.Parameter.KEYWORD_ONLY) for part in parts]
         command.__name__, command.__doc__ = function.__name__, function.__doc__
         command.__annotations__ = {part.name: part.annotation for part in parts}
-        command.__signature__ = inspect.Signature(parts)
+        command.__dict__["__signature__"] = inspect.Signature(parts)  # what inspect.signature, and so typer, reads
         return command
 
     return decorate

@@ -128,8 +128,8 @@ def path(
     if as_json:
         print(json.dumps(folders))
         return
-    for name, folder in folders.items():
-        print(f"{name:<12}{folder or 'not in the cache: nerve models pull ' + str(pair)}")
+    for name, place in folders.items():
+        print(f"{name:<12}{place or 'not in the cache: nerve models pull ' + str(pair)}")
 
 
 @models.command("clear-cache")

@@ -13,9 +13,9 @@ from .eval import SETS, Limit, Run, check_out, counted, measures, open_set, show
 from .options import console, say, words
 
 if TYPE_CHECKING:
+    from ..evaluation.datasets import Dataset
     from ..evaluation.runner import Tally
     from ..evaluation.variants import Variant
-    from ..evaluation.workers import ImageSet
 
 _HELD_OUT = "held-out"
 SETTINGS = "settings.json"
@@ -46,9 +46,10 @@ def tune(
     from ..evaluation.variants import Variant
     from ..report.page import write_report
 
-    if run.out is None:
+    out = run.out
+    if out is None:
         raise ValueError("nerve tune needs --out DIR, for the settings it finds and what it found them by")
-    check_out(run.out, [_HELD_OUT])
+    check_out(out, [_HELD_OUT])
     dataset = _opened(source, root, limit)
     learnt, judged = tuning.split(dataset, held_out, seed)
     base = run.base(dataset)
@@ -58,14 +59,14 @@ def tune(
     )
 
     def measured(number: int, axis: str, variants: Sequence[Variant]) -> Tally:
-        folder = run.out / "tuning" / f"{number:02d}-{axis}"
+        folder = out / "tuning" / f"{number:02d}-{axis}"
         with counted(run, learnt, variants, folder, f"{axis}, {len(variants)} settings") as (result, _):
             return result.tally
 
     found, tried = tuning.search(measured, base, words(axes), trials)
-    (run.out / SETTINGS).write_text(json.dumps(found, indent=1) + "\n")
+    (out / SETTINGS).write_text(json.dumps(found, indent=1) + "\n")
     both = (Variant(tuning.OWN), Variant(tuning.TUNED, found))
-    with counted(run, judged, both, run.out / _HELD_OUT, "held-out images") as (result, _):
+    with counted(run, judged, both, out / _HELD_OUT, "held-out images") as (result, _):
         gain = tuning.gain(result)
     scores = summary.scores(result)
     report = summary.make_report(
@@ -83,7 +84,7 @@ def tune(
             "What tuning changed": {name: json.dumps(value) for name, value in found.items()} or "nothing",
             "Gain on held-out images": {
                 "mIoU, points": round(100 * gain.gain, 3),
-                "95 % interval": None if gain.low is None else [round(100 * gain.low, 3), round(100 * gain.high, 3)],
+                "95 % interval": None if gain.interval is None else [round(100 * end, 3) for end in gain.interval],
                 "distinguishable": gain.distinguishable,
             },
             "Tried on the images tuned on": tuple(
@@ -97,13 +98,13 @@ def tune(
             ),
         },
     )
-    path = write_report(report, run.out)
+    path = write_report(report, out)
     show(run, report)
-    say(f"settings: {run.out / SETTINGS} ({json.dumps(found)})")
+    say(f"settings: {out / SETTINGS} ({json.dumps(found)})")
     say(f"report: {path}")
 
 
-def _opened(source: str, root: Path | None, limit: int | None) -> ImageSet:
+def _opened(source: str, root: Path | None, limit: int | None) -> Dataset:
     """The set that is meant. Raises ValueError, DatasetError."""
     if source in SETS:
         if root is None:

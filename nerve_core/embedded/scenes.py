@@ -12,9 +12,13 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypedDict
 
 import cv2
 import numpy as np
+
+if TYPE_CHECKING:
+    from typing import Unpack  # Python 3.11
 
 NAMES: tuple[str, ...] = (
     "ball",
@@ -98,6 +102,15 @@ class Scene:
         return ", ".join(items[:-1]) + " and " + items[-1]
 
 
+class _SceneOptions(TypedDict, total=False):
+    """The keyword arguments of `draw_scene`."""
+
+    size: tuple[int, int]
+    objects: tuple[int, int]
+    object_size: tuple[float, float]
+    names: Sequence[str]
+
+
 def draw_scene(
     seed: int | Sequence[int],
     *,
@@ -135,10 +148,10 @@ def draw_scene(
     return Scene(_photograph(rng, image), labels, stuff)
 
 
-def draw_scenes(seed: int, count: int, **options: object) -> Iterator[Scene]:
+def draw_scenes(seed: int, count: int, **options: Unpack[_SceneOptions]) -> Iterator[Scene]:
     """Yield `count` scenes of a seed; scene i does not depend on `count`. Options as in `draw_scene`."""
     for index in range(count):
-        yield draw_scene((seed, index), **options)  # type: ignore[arg-type]
+        yield draw_scene((seed, index), **options)
 
 
 # --- textures --------------------------------------------------------------------------------------------------------
@@ -151,7 +164,7 @@ def _octaves(rng: np.random.Generator, stretch: tuple[int, int] = (1, 1)) -> np.
         cells = (max(2, 2**octave // stretch[0]), max(2, 2**octave // stretch[1]))
         noise = rng.random(cells, dtype=np.float32)
         total += cv2.resize(noise, (_TEXTURE, _TEXTURE), interpolation=cv2.INTER_CUBIC) * 0.62 ** (octave - 2)
-    return cv2.normalize(total, None, 0, 1, cv2.NORM_MINMAX)
+    return cv2.normalize(total, total, 0, 1, cv2.NORM_MINMAX)
 
 
 def _grid_lines(cell: tuple[int, int], width: int, shifted: bool) -> np.ndarray:
@@ -667,15 +680,15 @@ def _place(
     centre = (rng.uniform(0.02, 0.98) * columns, bottom - side / 2)
     angle = rng.uniform(-180, 180) if rng.random() < 0.08 else rng.uniform(-tilt, tilt)
     stretch = rng.uniform(0.88, 1.14)
-    matrix = cv2.getRotationMatrix2D((_PATCH / 2, _PATCH / 2), angle, 1.0)
     scale = np.diag([stretch * side / _PATCH * rng.choice([-1, 1]), side / _PATCH])
-    matrix = scale @ matrix
+    matrix: np.ndarray = scale @ cv2.getRotationMatrix2D((_PATCH / 2, _PATCH / 2), angle, 1.0)
     reach = int(np.ceil(side * 0.75)) + 2
     left, top = int(centre[0]) - reach, int(centre[1]) - reach
     offset = matrix @ np.array([_PATCH / 2, _PATCH / 2, 1])
     matrix[:, 2] += np.array(centre) - offset - np.array([left, top])
     smoothing = _PATCH / side
-    paint, cover = canvas.paint, canvas.cover
+    paint: np.ndarray = canvas.paint
+    cover: np.ndarray = canvas.cover
     if smoothing > 1.6:  # shrink without aliasing
         kernel = (int(smoothing) | 1, int(smoothing) | 1)
         paint, cover = cv2.blur(paint, kernel), cv2.blur(cover, kernel)
@@ -687,8 +700,9 @@ def _place(
         return
     inner = (slice(y0 - top, y1 - top), slice(x0 - left, x1 - left))
     outer = (slice(y0, y1), slice(x0, x1))
-    shadow = cv2.GaussianBlur(cover, (0, 0), max(1.0, side * 0.05)).astype(np.float32) / 255
-    shadow = cv2.warpAffine(shadow, np.float32([[1, 0, side * 0.06], [0, 1, side * 0.04]]), box)
+    shadow: np.ndarray = cv2.GaussianBlur(cover, (0, 0), max(1.0, side * 0.05)).astype(np.float32) / 255
+    shift = np.array([[1, 0, side * 0.06], [0, 1, side * 0.04]], np.float32)
+    shadow = cv2.warpAffine(shadow, shift, box)
     image[outer] *= (1 - 0.4 * shadow[inner])[:, :, None]
     weight = cover[inner][:, :, None].astype(np.float32) / 255
     image[outer] += (paint[inner] * rng.uniform(0.75, 1.15) - image[outer]) * weight

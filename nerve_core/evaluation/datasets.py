@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFile
 
 from ..text.vocabulary import Vocabulary, VocabularyError
 from .metric import IGNORED
@@ -531,7 +531,7 @@ _DECODING = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 """What Pillow raises for a file that is damaged, of another kind, or not there."""
 
 
-def _opened(path: Path) -> Image.Image:
+def _opened(path: Path) -> ImageFile.ImageFile:
     try:
         return Image.open(path)
     except _DECODING as error:

@@ -94,21 +94,16 @@ def curves(table: str, sets: Sequence[SetScores]) -> tuple[Curve, ...]:
     found = []
     for item in sets:
         points = [
-            score
+            (float(value), score.miou, score.interval)
             for score in item.scores
-            if isinstance(score.settings[setting], int) and None not in (score.miou, score.interval)
+            if isinstance(value := score.settings[setting], int)
+            and score.miou is not None
+            and score.interval is not None
         ]
-        found.append(
-            Curve(
-                title,
-                item.name,
-                axis,
-                tuple(float(score.settings[setting]) for score in points),
-                tuple(score.miou for score in points),
-                tuple(score.interval for score in points),
-            )
-        )
-    return tuple(curve for curve in found if curve.x)
+        if points:
+            x, y, intervals = zip(*points, strict=True)
+            found.append(Curve(title, item.name, axis, x, y, intervals))
+    return tuple(found)
 
 
 def means(sets: Sequence[SetScores]) -> dict[str, Any]:
@@ -118,8 +113,9 @@ def means(sets: Sequence[SetScores]) -> dict[str, Any]:
         return {}
     rows = []
     for variant in measured[BENCHMARKS[0]]:
-        values = [measured[name].get(variant) for name in BENCHMARKS]
-        if None not in values:
+        scores = [measured[name].get(variant) for name in BENCHMARKS]
+        values = [score for score in scores if score is not None]
+        if len(values) == len(BENCHMARKS):
             rows.append(
                 {"variant": variant, "mean mIoU, %": round(100 * sum(values) / len(values), 2), "by": "this run"}
             )

@@ -76,7 +76,7 @@ class RayWorkers:
         if not self.started:
             self._start()
         waiting, idle = deque(jobs), deque(self._actors)
-        busy = {}
+        busy: dict[Any, tuple[Any, Job]] = {}  # by Ray's reference to the answer
         while waiting or busy:
             while waiting and idle:
                 actor, job = idle.popleft(), waiting.popleft()

@@ -220,6 +220,15 @@ def open_workers(task: Task, count: int | None = None, ray: str | None = None) -
     return InProcess(task) if count in (None, 1) else Processes(task, count)
 
 
+def _take_up(log: RunLog, tally: Tally) -> None:
+    """Count what an earlier run wrote. Raises RunError for a line that is not of this run."""
+    for number, line in log.read():
+        try:
+            tally.add(line["image"], line["counts"], line["seconds"])
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise RunError(f"{log.path}, line {number}: {error}; delete the folder, or choose another --out") from None
+
+
 def run_set(
     task: Task,
     workers: Workers,
@@ -245,13 +254,8 @@ def run_set(
     log = None if folder is None else RunLog(folder, description)
     failed: list[Failed] = []
     try:
-        for number, line in log.read() if log else ():
-            try:
-                tally.add(line["image"], line["counts"], line["seconds"])
-            except (KeyError, TypeError, AttributeError, ValueError) as error:
-                raise RunError(
-                    f"{log.path}, line {number}: {error}; delete the folder, or choose another --out"
-                ) from None
+        if log:
+            _take_up(log, tally)
         before = len(tally)
         watch(before, len(samples))
         jobs = [Job(sample) for sample in samples if sample.id not in tally]

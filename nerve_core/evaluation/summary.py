@@ -43,7 +43,7 @@ def scores(result: SetResult) -> tuple[Score, ...]:
                 interval=interval(resampled_mean_iou(sums)) if len(tally) else None,
                 pixel_accuracy=_known(matrix.pixel_accuracy()),
                 per_class={name: _known(value) for name, value in zip(labels, matrix.iou().tolist(), strict=True)},
-                confusion=tuple(map(tuple, matrix.sparse())),
+                confusion=tuple((truth, predicted, pixels) for truth, predicted, pixels in matrix.sparse()),
                 per_image={name: _known(value) for name, value in tally.image_scores(variant.name).items()},
             )
         )
@@ -113,7 +113,9 @@ def draw_extremes(
     return tuple(drawn[key] for key in wanted)
 
 
-def _draw(result: SetResult, done: Done, folder: Path, variant: str, rank: str, miou: float) -> Picture:
+def _draw(result: SetResult, done: Done, folder: Path, variant: str, rank: str, miou: float | None) -> Picture:
+    if done.image is None or done.truth is None:
+        raise RuntimeError(f"image {done.image_id} came back without the masks that were asked for")
     hidden = done.truth == UNLABELLED  # what is not counted is not shown either
     return save_picture(
         folder,

@@ -13,10 +13,10 @@ import numpy as np
 from ..networks.dense_clip import HEADS
 from ..report.data import Curve
 from ..settings import Settings
+from .datasets import Dataset
 from .metric import interval, resampled_mean_iou
 from .runner import SetResult, Tally
 from .variants import Variant
-from .workers import ImageSet
 
 Overrides = Mapping[str, Any]
 AXES: dict[str, tuple[Overrides, ...]] = {
@@ -47,29 +47,29 @@ class Trial:
 
 @dataclass(frozen=True)
 class Gain:
-    """What tuning gained on images that it never saw. gain: difference of the mean IoU. low, high: its 95 % interval by
-    a paired bootstrap over images, None where they show no label."""
+    """What tuning gained on images that it never saw. gain: difference of the mean IoU. interval: its 95 % interval
+    (low, high) by a paired bootstrap over images, None where they show no label."""
 
     gain: float
-    low: float | None
-    high: float | None
+    interval: tuple[float, float] | None
 
     @property
     def distinguishable(self) -> bool:
         """Whether 0 lies outside of the interval."""
-        return self.low is not None and not self.low <= 0 <= self.high
+        return self.interval is not None and not self.interval[0] <= 0 <= self.interval[1]
 
     def __str__(self) -> str:
-        if self.low is None:
+        if self.interval is None:
             return "the held-out images show no label, so nothing can be said of the gain"
-        said = f"{100 * self.gain:+.2f} points of mIoU on held-out images (95 % interval {100 * self.low:+.2f} to "
-        said += f"{100 * self.high:+.2f})"
+        low, high = self.interval
+        said = f"{100 * self.gain:+.2f} points of mIoU on held-out images (95 % interval {100 * low:+.2f} to "
+        said += f"{100 * high:+.2f})"
         if not self.distinguishable:
             return f"{said}: not distinguishable from the settings as they are; more labelled images would tell"
         return said if self.gain > 0 else f"{said}: worse than the settings as they are, so keep those"
 
 
-def split(dataset: ImageSet, held_out: float, seed: int) -> tuple[ImageSet, ImageSet]:
+def split(dataset: Dataset, held_out: float, seed: int) -> tuple[Dataset, Dataset]:
     """The images to tune on, and those that are held out: a share of them, drawn by a seed. Raises ValueError where
     either would have fewer than two."""
     count = len(dataset.samples)
@@ -140,8 +140,8 @@ def gain(result: SetResult) -> Gain:
     tally = result.tally
     # The same seed draws the same images for both: the difference is a paired bootstrap.
     both = [resampled_mean_iou(tally.sums[name][tally.done]) for name in (tuned, own)]
-    low, high = interval(both[0] - both[1]) or (None, None)
-    return Gain(tally.matrices[tuned].mean_iou() - tally.matrices[own].mean_iou(), low, high)
+    difference = tally.matrices[tuned].mean_iou() - tally.matrices[own].mean_iou()
+    return Gain(difference, interval(both[0] - both[1]))
 
 
 def curves(set_name: str, base: Settings, trials: Sequence[Trial]) -> tuple[Curve, ...]:

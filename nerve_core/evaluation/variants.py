@@ -181,7 +181,7 @@ class Variants:
         grid = segmenter.grid
         if variant.post == "pamr":
             scores = once.last("scores", key, lambda: pamr(pixels, P.T.unflatten(-1, segmenter.grid)))
-            P, grid = scores.flatten(1).T, tuple(scores.shape[1:])
+            P, grid = scores.flatten(1).T, (scores.shape[1], scores.shape[2])
         read = read_out(G, P, queries.classes, len(queries.names), grid, size, s.readout)
         if not bool(read.presence.isfinite().all()):
             raise RuntimeError(

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any, Protocol
@@ -32,11 +32,20 @@ _START = "from nerve_core.evaluation.workers import serve; serve()"
 class ImageSet(Protocol):
     """What a run needs to know of a set: `datasets.Dataset`, or anything like it that can be pickled."""
 
-    name: str
-    title: str
-    root: Path
-    notes: tuple[str, ...]
-    values: tuple[int, ...]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def title(self) -> str: ...
+
+    @property
+    def root(self) -> Path: ...
+
+    @property
+    def notes(self) -> tuple[str, ...]: ...
+
+    @property
+    def values(self) -> tuple[int, ...]: ...
 
     @property
     def samples(self) -> tuple[Sample, ...]: ...
@@ -110,13 +119,12 @@ class Worker:
 
     def __call__(self, job: Job) -> Done | Failed:
         """An image's counts, or why there are none."""
-        if self._variants is None:
-            try:
-                self._variants = self._loaded()
-            except (ValueError, RuntimeError, OSError) as error:
-                return Failed(None, str(error))
         try:
-            return self._count(job)
+            variants = self._variants = self._variants or self._loaded()
+        except (ValueError, RuntimeError, OSError) as error:
+            return Failed(None, str(error))
+        try:
+            return self._count(variants, job)
         except (ValueError, RuntimeError, OSError) as error:
             return Failed(job.sample.id, str(error))
 
@@ -138,10 +146,10 @@ class Worker:
             settings=task.settings,
         )
 
-    def _count(self, job: Job) -> Done:
+    def _count(self, variants: Variants, job: Job) -> Done:
         dataset = self._task.dataset
         image, truth = dataset.load(job.sample)
-        found = self._variants(image, dataset.vocabulary, truth.shape, only=job.masks or None)
+        found = variants(image, dataset.vocabulary, truth.shape, only=job.masks or None)
         counts = {}
         for name, mask in found.items():
             matrix = ConfusionMatrix.of(len(dataset.labels))
@@ -199,7 +207,7 @@ class Processes:
                 if waiting and number not in working:
                     job = waiting.popleft()
                     busy[self._give(number, job)] = number, job
-            for connection in wait(list(busy)):
+            for connection in _ready(busy):
                 number, job = busy.pop(connection)
                 try:
                     result = connection.recv()
@@ -231,6 +239,11 @@ class Processes:
         """End them all."""
         while self._children:
             self._children.popitem()[1].end()
+
+
+def _ready(connections: Collection[Connection]) -> list[Connection]:
+    """Those with an answer or whose process has ended; waits until there is one."""
+    return [found for found in wait(list(connections)) if isinstance(found, Connection)]
 
 
 class _Child:

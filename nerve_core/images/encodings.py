@@ -87,8 +87,8 @@ def _through_opencv(rows: np.ndarray, big_endian: bool, *, code: int, channels: 
 
 
 def _numbers(rows: np.ndarray, big_endian: bool) -> np.ndarray:
-    order = ">" if big_endian else "<"
-    return np.ascontiguousarray(rows).view(np.dtype(np.uint16).newbyteorder(order)).astype(np.uint16)
+    stored = np.dtype(np.uint16).newbyteorder(">" if big_endian else "<")
+    return np.ascontiguousarray(rows).view(stored).astype(np.uint16)
 
 
 def _mono16(rows: np.ndarray, big_endian: bool) -> np.ndarray:

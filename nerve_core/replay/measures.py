@@ -26,6 +26,8 @@ MAX_GAP = 1.0
 """Seconds between two frames, at most, for them to be compared."""
 BINS = 32
 
+_EMPTY = np.empty(0, np.float32)
+"""An optional array that OpenCV is not given: C++ takes it as it takes None, which OpenCV's type stubs do not allow."""
 _OCCLUSION = (0.01, 0.5)
 """A pixel is hidden where the flow there and the flow back do not cancel: |f + b|^2 > 0.01 (|f|^2 + |b|^2) + 0.5, as in
 Sundaram, Brox and Keutzer, Dense point trajectories by GPU-accelerated large displacement optical flow, 2010."""
@@ -40,7 +42,7 @@ class Steadiness:
     """
 
     def __init__(self) -> None:
-        self._flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
+        self._flow = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
         self._before: tuple[float, np.ndarray, np.ndarray] | None = None
         self._still = self._pixels = 0
         self._changes = {"static": 0, "warped": 0}
@@ -82,7 +84,7 @@ class Steadiness:
         self._pixels += still.size
         self._count("static", still, before[2] != now[2], passed)
         source, seen = self._where_from(before[1], grey)
-        came_from = cv2.remap(before[2], source, None, cv2.INTER_NEAREST)
+        came_from = cv2.remap(before[2], source, _EMPTY, cv2.INTER_NEAREST)
         self._count("warped", seen, came_from != now[2], passed)
 
     def _count(self, kind: str, where: np.ndarray, changed: np.ndarray, passed: float) -> None:
@@ -95,11 +97,11 @@ class Steadiness:
         if min(rows, columns) < 16:  # DIS needs a patch of 8 pixels on a level of its pyramid
             grid = np.stack(np.meshgrid(np.arange(columns), np.arange(rows)), -1).astype(np.float32)
             return grid, np.zeros(now.shape, bool)
-        back = self._flow.calc(now, before, None)
-        there = self._flow.calc(before, now, None)
+        back: np.ndarray = self._flow.calc(now, before, _EMPTY)
+        there: np.ndarray = self._flow.calc(before, now, _EMPTY)
         grid = np.stack(np.meshgrid(np.arange(columns), np.arange(rows)), -1).astype(np.float32)
         source = grid + back
-        met = cv2.remap(there, source, None, cv2.INTER_LINEAR)
+        met = cv2.remap(there, source, _EMPTY, cv2.INTER_LINEAR)
         share, least = _OCCLUSION
         apart = ((back + met) ** 2).sum(-1)
         seen = apart <= share * ((back**2).sum(-1) + (met**2).sum(-1)) + least
@@ -112,7 +114,7 @@ class Measures:
 
     def __init__(self, names: tuple[str, ...]) -> None:
         self._names = names
-        self.first: int | None = None
+        self.first = 0  # when the first image was taken, in nanoseconds
         self.times: list[float] = []
         self.size = (0, 0)
         self.encodings: dict[tuple[str, int, int], int] = {}

@@ -27,6 +27,7 @@ cores, which the masks would wait for."""
 MAX_RATE = 60.0
 HOLD = 2.0
 """Seconds that a picture stays, at most, where the recording has a hole."""
+_CODEC = "VP80"
 _LOOK_AHEAD = 10
 """Pictures by whose times the video's rate is chosen."""
 
@@ -39,7 +40,7 @@ class OverlayVideo:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._writer: cv2.VideoWriter | None = None
+        self._writer: cv2.VideoWriter | None = None  # None until the rate is chosen
         self._pending: list[tuple[float, np.ndarray]] = []
         self._interval = 0.1
         self._size = (0, 0)
@@ -54,49 +55,50 @@ class OverlayVideo:
         labels = cv2.resize(found.labels, size, interpolation=cv2.INTER_NEAREST)
         self._pending.append((frame.moment * 1e-9, overlay(image, labels, found.names)[..., ::-1]))
         if self._writer is None and len(self._pending) == _LOOK_AHEAD:
-            self._open()
+            self._writer = self._open()
         if self._writer is not None:
-            self._write()
+            self._write(self._writer)
 
     def close(self) -> bool:
         """Write what is left; whether there was anything."""
-        if self._writer is None and self._pending:
-            self._open()
-        if self._writer is None:
+        if not self._pending:
             return False
-        self._write()
-        self._put(self._pending.pop()[1], 1)
-        self._writer.release()
+        writer = self._writer or self._open()
+        self._write(writer)
+        self._put(writer, self._pending.pop()[1], 1)
+        writer.release()
         if not opens(self._path):
             raise RuntimeError(f"the video {self._path} was written, but OpenCV {cv2.__version__} cannot read it back")
         return True
 
-    def _open(self) -> None:
+    def _open(self) -> cv2.VideoWriter:
+        """A writer at the rate of the images that wait, and of the size of the first."""
         times = [time for time, _ in self._pending]
         steps = [after - before for before, after in itertools.pairwise(times) if after > before]
         self._interval = max(1 / MAX_RATE, min(HOLD, median(steps) if steps else self._interval))
         self._size = self._pending[0][1].shape[1::-1]
-        code = cv2.VideoWriter_fourcc(*"VP80")
+        code = cv2.VideoWriter.fourcc(*_CODEC)
         with _standard_error() as said:
-            self._writer = cv2.VideoWriter(str(self._path), cv2.CAP_FFMPEG, code, 1 / self._interval, self._size)
-        if not self._writer.isOpened():
+            writer = cv2.VideoWriter(str(self._path), cv2.CAP_FFMPEG, code, 1 / self._interval, self._size)
+        if not writer.isOpened():
             raise RuntimeError(
                 f"OpenCV {cv2.__version__} cannot write the video {self._path}: {' '.join(said).strip()}; "
                 "its FFmpeg needs VP8 (the wheels on PyPI have it); or do without, by --no-video"
             )
+        return writer
 
-    def _write(self) -> None:
-        """All that wait but the last, whose end is not known."""
+    def _write(self, writer: cv2.VideoWriter) -> None:
+        """Write all that wait but the last, whose end is not known."""
         while len(self._pending) > 1:
             time, picture = self._pending.pop(0)
             lasts = min(HOLD, self._pending[0][0] - time)
-            self._put(picture, max(1, round(lasts / self._interval)))
+            self._put(writer, picture, max(1, round(lasts / self._interval)))
 
-    def _put(self, picture: np.ndarray, times: int) -> None:
+    def _put(self, writer: cv2.VideoWriter, picture: np.ndarray, times: int) -> None:
         if picture.shape[1::-1] != self._size:  # a camera that changed its size on the way
             picture = cv2.resize(picture, self._size, interpolation=cv2.INTER_AREA)
         for _ in range(times):
-            self._writer.write(picture)
+            writer.write(picture)
 
 
 @contextmanager

@@ -179,7 +179,7 @@ def _styled() -> Iterator[None]:
 
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_STYLE)
+        matplotlib.rcParams.update(matplotlib.RcParams(_STYLE))
         yield
 
 

@@ -126,25 +126,28 @@ def differences(a: Report, b: Report) -> list[tuple[str, str, str]]:
         ),
     ):
         if one != other:
-            only = [
-                ", ".join(name for name in names if name not in rest) for names, rest in ((one, other), (other, one))
-            ]
-            found.append((what, *(f"only here: {names}" if names else "none that the other lacks" for names in only)))
-            if not any(only):
-                found[-1] = (what, ", ".join(one), ", ".join(other))
+            only_a, only_b = ([name for name in of if name not in rest] for of, rest in ((one, other), (other, one)))
+            if only_a or only_b:
+                found.append((what, _only_here(only_a), _only_here(only_b)))
+            else:
+                found.append((what, ", ".join(one), ", ".join(other)))
     return found
+
+
+def _only_here(names: Sequence[str]) -> str:
+    return f"only here: {', '.join(names)}" if names else "none that the other lacks"
 
 
 def paired(a: Score, b: Score) -> Paired | None:
     """How sure the difference of two scores is; None where fewer than two images were scored by both."""
-    shared = [
-        (a.per_image[name], b.per_image[name])
-        for name in a.per_image
-        if a.per_image[name] is not None and b.per_image.get(name) is not None
+    gains = [
+        other - one
+        for name, one in a.per_image.items()
+        if one is not None and (other := b.per_image.get(name)) is not None
     ]
-    if len(shared) < 2:
+    if len(gains) < 2:
         return None
-    gain = np.array([other - one for one, other in shared], float)
+    gain = np.array(gains, np.float64)
     generator = np.random.default_rng(0)
     means = np.array([gain[generator.integers(0, len(gain), len(gain))].mean() for _ in range(RESAMPLES)])
     low, high = np.quantile(means, [0.025, 0.975])
@@ -171,8 +174,9 @@ def _same_pictures(
 
 
 def _set_pair(a: SetScores, b: SetScores) -> SetPair:
+    alone: tuple[str, ...] = ()
     if len(a.scores) == len(b.scores) == 1:  # whatever they are called, these two are meant
-        scores, alone = [(a.scores[0], b.scores[0])], ()
+        scores = [(a.scores[0], b.scores[0])]
     else:
         scores, alone = _matched(a.scores, b.scores, lambda score: score.variant, "variant")
     pairs = []
@@ -192,9 +196,9 @@ def _score_pair(
 ) -> ScorePair:
     numbers = {name: number for number, name in enumerate(labels)}
     classes = [
-        (numbers.get(name, -1), name, one, b.per_class[name])
+        (numbers.get(name, -1), name, one, other)
         for name, one in a.per_class.items()
-        if one is not None and b.per_class.get(name) is not None
+        if one is not None and (other := b.per_class.get(name)) is not None
     ]
     both = {name for _, name, _, _ in classes}
     only_a, only_b = (
@@ -208,7 +212,7 @@ def _camera_pair(a: Camera, b: Camera, *, same: bool) -> CameraPair:
     """same: whether both are of one recording; of two, frames of the same second are not the same frames."""
     names, alone = _matched(a.names, b.names, lambda name: name.name, "name")
     pictures, left = _same_pictures(a.pictures, b.pictures, "frame")
-    figures = (
+    figures: tuple[tuple[str, str, float | None, float | None], ...] = (
         ("frames segmented", "", a.frames, b.frames),
         ("images lost", "", sum(a.lost.values()), sum(b.lost.values())),
         ("frames a second", "", a.frames_per_second, b.frames_per_second),

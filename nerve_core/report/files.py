@@ -97,7 +97,7 @@ def _typed(value: Any, kind: Any, place: str) -> Any:
         if value is None:
             return None
         return _typed(value, next(item for item in inner if item is not type(None)), place)
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         _expect(isinstance(value, dict), value, "an object", place)
         declared = {item.name: item for item in dataclasses.fields(kind)}
         if unknown := sorted(value.keys() - declared.keys()):

@@ -47,8 +47,8 @@ def write_report(report: Report, folder: Path) -> Path:
 
 def write_page(report: Report, folder: Path) -> Path:
     """Write report.html alone; see `write_report`."""
-    shown = [in_fair_order(item.pictures) for item in (*report.sets, *report.cameras)]
-    media = Media(folder, [files_of(group) for group in interleaved(shown)])
+    shown = [*(item.pictures for item in report.sets), *(item.pictures for item in report.cameras)]
+    media = Media(folder, [files_of(group) for group in interleaved(map(in_fair_order, shown))])
     text = (
         environment().get_template("report.html").render(report=report, media=media, changed=changed_settings(report))
     )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from transformers import CLIPModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer
 
 from .cache import EmbeddingCache, space_of
 from .vocabulary import Vocabulary
@@ -61,8 +61,8 @@ class TextEncoder:
             raise ValueError(f"every template needs exactly one {{}}; got {wrong or 'none'}")
         self._clip, self._tokenizer, self.templates = clip, tokenizer, tuple(templates)
         self._cache, self._space = cache, space_of("words", identity, *templates)
-        self.size: int = clip.config.projection_dim
-        self._length = min(tokenizer.model_max_length, clip.config.text_config.max_position_embeddings)
+        self.size, positions = _sizes_of(clip.config)
+        self._length = min(tokenizer.model_max_length, positions)
         self._tokens_per_step = _TOKENS_PER_STEP[clip.device.type]
         self._known: OrderedDict[str, np.ndarray] = OrderedDict()  # last used last
 
@@ -155,6 +155,14 @@ class TextEncoder:
         while len(self._known) > _WORDS_KEPT:
             self._known.popitem(last=False)
         return vectors
+
+
+def _sizes_of(config: CLIPConfig) -> tuple[int, int]:
+    """D of the embeddings, and the most tokens of a text. Raises ValueError for a configuration that lacks either."""
+    text, size = config.text_config, config.projection_dim
+    if not isinstance(text, CLIPTextConfig) or size is None:
+        raise ValueError("CLIP's configuration must have a text_config and a projection_dim")
+    return size, text.max_position_embeddings
 
 
 def vocabulary_steps(

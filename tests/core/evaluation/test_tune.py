@@ -135,11 +135,13 @@ def test_a_gain_is_told_with_its_interval_and_whether_it_can_be_told_from_none()
 
     better = told_gain(task, {OWN: noisy(0.5), TUNED: noisy(0.1)})
     assert better.distinguishable
-    assert 0 < better.low < better.gain < better.high
+    low, high = better.interval
+    assert 0 < low < better.gain < high
     assert str(better).startswith("+")
     assert "not distinguishable" not in str(better)
     same = told_gain(task, {OWN: noisy(0.3), TUNED: noisy(0.3)})
-    assert same.low <= 0 <= same.high
+    low, high = same.interval
+    assert low <= 0 <= high
     assert not same.distinguishable
     assert "not distinguishable from the settings as they are" in str(same)
     worse = told_gain(task, {OWN: noisy(0.1), TUNED: noisy(0.5)})
@@ -148,14 +150,14 @@ def test_a_gain_is_told_with_its_interval_and_whether_it_can_be_told_from_none()
 
 
 def test_without_labels_nothing_is_said_of_the_gain():
-    assert not Gain(float("nan"), None, None).distinguishable
-    assert "nothing can be said" in str(Gain(float("nan"), None, None))
+    assert not Gain(float("nan"), None).distinguishable
+    assert "nothing can be said" in str(Gain(float("nan"), None))
 
 
 def test_the_gain_is_zero_of_equals():
     task = make_task(SmallScenes(5, 4), [Variant(OWN), Variant(TUNED)], device="cpu")
     found = told_gain(task, {OWN: lambda truth: truth, TUNED: lambda truth: truth})
-    assert (found.gain, found.low, found.high) == (0, 0, 0)
+    assert (found.gain, found.interval) == (0, (0, 0))
     assert not found.distinguishable
     assert run_set(task, Told(task)).tally.matrices.keys() == {OWN, TUNED}
 

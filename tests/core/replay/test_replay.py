@@ -178,7 +178,7 @@ def test_a_hole_in_the_recording_is_one_in_the_video_too(tmp_path):
 
 
 def test_a_video_without_a_codec_is_an_error_that_says_what_to_do(tmp_path, monkeypatch):
-    monkeypatch.setattr(video_module.cv2, "VideoWriter_fourcc", lambda *_: 0x12345678)
+    monkeypatch.setattr(video_module, "_CODEC", "none")
     made = OverlayVideo(tmp_path / "film.webm")
     made.take(frame_of(bags.picture(0), 0.0), segmentation(np.zeros((48, 64), np.uint8)))
     with pytest.raises(RuntimeError, match="--no-video"):
