@@ -32,7 +32,7 @@ def watch(
 ) -> None:
     """Show what a running node sees: a page for the browser, and a table in the terminal. Ends with Ctrl-C."""
     _need_ros("nerve watch")
-    from nerve_ros.watch import run
+    from nerve_ros.watch.run import run
 
     run(namespace=namespace, host=host, port=port, save=save, every=every)
 

@@ -34,10 +34,10 @@ from vision_msgs.msg import LabelInfo, VisionClass
 
 import harness
 from nerve_core.images.visualize import palette
-from nerve_ros import watch
 from nerve_ros.msg import ClassConfidence, ClassConfidenceArray
 from nerve_ros.srv import Locate
-from nerve_ros.watch import Board, Keeper, Page, line, printable, table
+from nerve_ros.watch import run as watch
+from nerve_ros.watch.run import Board, Keeper, Page, line, printable, table
 
 PICTURE = {"width": 160, "height": 120}
 NAMES = ["ball", "mug|cup", "chair"]
