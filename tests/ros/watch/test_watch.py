@@ -36,8 +36,14 @@ import harness
 from nerve_core.images.visualize import palette
 from nerve_ros.msg import ClassConfidence, ClassConfidenceArray
 from nerve_ros.srv import Locate
-from nerve_ros.watch import run as watch
-from nerve_ros.watch.run import Board, Keeper, Page, line, printable, table
+from nerve_ros.watch import board as board_module
+from nerve_ros.watch import keeper as keeper_module
+from nerve_ros.watch import page as page_module
+from nerve_ros.watch import watcher as watcher_module
+from nerve_ros.watch.board import Board, class_entry, printable
+from nerve_ros.watch.keeper import Keeper
+from nerve_ros.watch.page import Page
+from nerve_ros.watch.terminal import line, table
 
 PICTURE = {"width": 160, "height": 120}
 NAMES = ["ball", "mug|cup", "chair"]
@@ -63,7 +69,7 @@ def board(clock):
 
 
 def entries(*areas):
-    return [watch._entry(number, f"name {number}", presence=0.5, area=area) for number, area in enumerate(areas, 1)]
+    return [class_entry(number, f"name {number}", presence=0.5, area=area) for number, area in enumerate(areas, 1)]
 
 
 def status_of(url, after=None, timeout=harness.PATIENCE):
@@ -91,7 +97,7 @@ def test_classes_are_those_of_the_picture_that_is_shown(board, clock):
     assert [entry["area"] for entry in board.status()["classes"]] == [1, 2]
     board.picture(b"two", (2, 0), 100)
     assert [entry["area"] for entry in board.status()["classes"]] == [3, 4]
-    clock.now += watch.PATIENCE + 0.1
+    clock.now += board_module.PATIENCE + 0.1
     board.result(entries(5, 6), (3, 0))
     assert [entry["area"] for entry in board.status()["classes"]] == [5, 6]
 
@@ -99,7 +105,7 @@ def test_classes_are_those_of_the_picture_that_is_shown(board, clock):
 def test_a_picture_that_does_not_change_is_stale_after_a_while(board, clock):
     board.picture(b"one", (1, 0), 100)
     assert not board.status()["picture"]["stale"]
-    clock.now += watch.PATIENCE + 0.1
+    clock.now += board_module.PATIENCE + 0.1
     assert board.status()["picture"] == {"number": 1, "pixels": 100, "age": 2.1, "stale": True}
     assert board.quiet() == (pytest.approx(2.1), pytest.approx(2.1))
 
@@ -145,7 +151,7 @@ def test_a_picture_from_before_nobody_looked_is_not_shown(board, clock):
 def test_results_of_pictures_that_never_come_are_not_kept(board):
     for number in range(1000):
         board.result(entries(1), (number, 0))
-    assert len(board._classes_of) == watch.RESULTS
+    assert len(board._classes_of) == board_module.RESULTS
 
 
 def test_new_names_are_shown_before_they_are_looked_for(board):
@@ -156,7 +162,7 @@ def test_new_names_are_shown_before_they_are_looked_for(board):
 
 def test_a_label_info_without_end_is_cut_off(board):
     message = LabelInfo(class_map=[VisionClass(class_id=n % 256, class_name=f"name {n}") for n in range(3000)])
-    watch.Watcher._on_labels(SimpleNamespace(_board=board), message)
+    watcher_module.Watcher._on_labels(SimpleNamespace(_board=board), message)
     classes = board.status()["classes"]
     assert [entry["id"] for entry in classes] == list(range(1, 255))
     assert classes[-1]["name"] == "name 254"
@@ -169,7 +175,7 @@ def test_a_question_waits_for_the_next_picture_and_counts_as_looking(monkeypatch
     assert board.watched
     board.picture(b"one", (1, 0), 100)
     assert base64.b64decode(board.newer(0)["jpeg"]) == b"one"
-    monkeypatch.setattr(watch, "WAIT", 1000.0)
+    monkeypatch.setattr(board_module, "WAIT", 1000.0)
     answers = []
     threading.Thread(target=lambda: answers.append(board.newer(1)), daemon=True).start()
     board.picture(b"two", (2, 0), 100)
@@ -181,7 +187,7 @@ def test_nobody_looks_once_no_question_comes_any_more(clock):
     board = Board(clock)
     board.picture(b"one", (1, 0), 100)
     board.newer(0)
-    clock.now += watch.LINGER - 0.1
+    clock.now += board_module.LINGER - 0.1
     assert board.watched
     clock.now += 0.2
     assert not board.watched
@@ -201,7 +207,7 @@ def test_text_is_made_printable_and_short():
 def test_the_terminal_gets_no_escape_sequence_from_a_name(board, terminal):
     board.about = {"node": "/nerve", "topic": "/t", "domain": 0}
     board.reason = printable(EVIL)
-    board.result([watch._entry(1, EVIL + "[bold]", presence=0.5, confidence=None, area=3)] * 300, (1, 0))
+    board.result([class_entry(1, EVIL + "[bold]", presence=0.5, confidence=None, area=3)] * 300, (1, 0))
     board.diagnostics({"level": "ok", "message": "", "values": {"state": printable(EVIL)}})
     console = Console(force_terminal=terminal, width=200, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
     console.print(table(board.status(), rows=20))
@@ -220,7 +226,7 @@ def test_the_terminal_gets_no_escape_sequence_from_a_name(board, terminal):
 
 def test_pictures_are_kept_as_often_as_asked(tmp_path, monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(watch.time, "monotonic", clock)
+    monkeypatch.setattr(keeper_module.time, "monotonic", clock)
     keeper = Keeper(tmp_path / "new" / "folder", every=1.0)
     for number in range(10):
         keeper.keep(b"jpeg", f"{number}")
@@ -231,7 +237,9 @@ def test_pictures_are_kept_as_often_as_asked(tmp_path, monkeypatch):
 
 def test_a_full_disk_ends_the_keeping_and_is_told(tmp_path, monkeypatch):
     keeper = Keeper(tmp_path, every=0.0)
-    monkeypatch.setattr(watch.shutil, "disk_usage", lambda folder: disk_usage(folder)._replace(free=watch.SPARE))
+    monkeypatch.setattr(
+        keeper_module.shutil, "disk_usage", lambda folder: disk_usage(folder)._replace(free=keeper_module.SPARE)
+    )
     keeper.keep(b"jpeg", "one")
     monkeypatch.undo()
     keeper.keep(b"jpeg", "two")
@@ -286,7 +294,7 @@ def test_another_name_that_leads_here_is_turned_away(page, host):
     assert answer_of(page, "/status", host)[0].status == 421
 
 
-@pytest.mark.parametrize("path", ["/etc/passwd", "/../watch.py", "/status/", "/overlay", "/favicon.ico"])
+@pytest.mark.parametrize("path", ["/etc/passwd", "/../page.py", "/status/", "/overlay", "/favicon.ico"])
 def test_there_is_nothing_else(page, path):
     assert answer_of(page, path)[0].status == 404
 
@@ -319,22 +327,22 @@ def test_a_browser_that_goes_away_or_talks_nonsense_disturbs_nobody(page, capfd)
 
 
 def test_connections_beyond_the_limit_are_closed_until_there_is_room_again(page, monkeypatch):
-    monkeypatch.setattr(watch._Handler, "timeout", 1000.0)
+    monkeypatch.setattr(page_module._Handler, "timeout", 1000.0)
     with ExitStack() as stack:
         held = [
             stack.enter_context(socket.create_connection(page.server_address, timeout=harness.PATIENCE))
-            for _ in range(watch.CONNECTIONS)
+            for _ in range(page_module.CONNECTIONS)
         ]
         until(lambda: not page._room._value, "full house")
         with socket.create_connection(page.server_address, timeout=harness.PATIENCE) as late:
             assert late.recv(1) == b""
         assert held
-    until(lambda: page._room._value == watch.CONNECTIONS, "empty house")
+    until(lambda: page._room._value == page_module.CONNECTIONS, "empty house")
     assert answer_of(page, "/status")[0].status == 200
 
 
 def test_closing_the_page_ends_a_question_at_once(page, monkeypatch):
-    monkeypatch.setattr(watch, "WAIT", 1000.0)
+    monkeypatch.setattr(board_module, "WAIT", 1000.0)
     answers = []
     threading.Thread(target=lambda: answers.append(answer_of(page, "/status?after=0")), daemon=True).start()
     until(lambda: page.board.watched, "question")
@@ -702,7 +710,7 @@ def evil_result(header):
 def test_a_hostile_node_is_shown_as_text_and_bounded(station, new_watch, environment):
     qos = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE)
     results = station.create_publisher(ClassConfidenceArray, "/evil/segmentation/class_confidence", qos)
-    labels = station.create_publisher(LabelInfo, "/evil/segmentation/label_info", watch._LATCHED_QOS)
+    labels = station.create_publisher(LabelInfo, "/evil/segmentation/label_info", watcher_module._LATCHED_QOS)
     overlays = station.create_publisher(Image, "/evil/segmentation/overlay", qos)
     diagnostics = station.create_publisher(DiagnosticArray, "/diagnostics", 1)
     told = DiagnosticStatus(level=b"\x07", name="evil/nerve: segmentation", message=EVIL * 1000, hardware_id=EVIL)
@@ -750,11 +758,11 @@ def test_a_hostile_node_is_shown_as_text_and_bounded(station, new_watch, environ
     assert "\u202e" not in text
     assert "<script>" in text
     assert len(text) < 1_000_000
-    assert len(status["classes"]) <= watch.ENTRIES
+    assert len(status["classes"]) <= watcher_module.ENTRIES
     assert all(entry["presence"] is None or 0.0 <= entry["presence"] <= 1.0 for entry in status["classes"])
     assert status["diagnostics"]["level"] == "error"
     assert all(len(value) <= 500 for value in status["diagnostics"]["values"].values())
     picture = cv2.imdecode(np.frombuffer(base64.b64decode(viewer.seen[0]["jpeg"]), np.uint8), cv2.IMREAD_COLOR)
-    assert picture.shape == (10, watch.SIDE, 3)
+    assert picture.shape == (10, watcher_module.SIDE, 3)
     assert "\x1b" not in "\n".join(watching.lines)
     assert watching.running
