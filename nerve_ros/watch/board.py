@@ -37,7 +37,7 @@ class Board:
         self._classes: list[dict[str, Any]] = []
         self._classes_of: dict[tuple[int, int], list[dict[str, Any]]] = {}
         self._diagnostics: dict[str, Any] = {}
-        self._told_at = -math.inf
+        self._diagnosed_at = -math.inf
         self.about: dict[str, Any] = {}
         self.reason = ""
 
@@ -61,18 +61,18 @@ class Board:
         """Take what was seen of every class in the image of this stamp."""
         with self._news:
             self._classes = classes
-            # Anew, so that the oldest is the first.
+            # Removed before it is set, so that the oldest stands first.
             self._classes_of.pop(stamp, None)
             self._classes_of[stamp] = classes
             if len(self._classes_of) > RESULTS:
                 del self._classes_of[next(iter(self._classes_of))]
             self._results.add()
 
-    def diagnostics(self, told: dict[str, Any]) -> None:
-        """Take what the node tells about itself."""
+    def diagnostics(self, values: dict[str, Any]) -> None:
+        """Take what the node reports about itself: `level`, `message` and `values`."""
         with self._news:
-            self._diagnostics = told
-            self._told_at = self._clock()
+            self._diagnostics = values
+            self._diagnosed_at = self._clock()
 
     def forget_picture(self) -> None:
         """There is no picture until the next one comes, which is waited for from now on."""
@@ -99,10 +99,10 @@ class Board:
         with self._news:
             return self._results.silence, self._pictures.silence
 
-    def told(self) -> tuple[dict[str, Any], float]:
+    def last_diagnostics(self) -> tuple[dict[str, Any], float]:
         """The last diagnostics (empty: none yet) and the seconds since."""
         with self._news:
-            return self._diagnostics, self._clock() - self._told_at
+            return self._diagnostics, self._clock() - self._diagnosed_at
 
     def newer(self, number: int) -> dict[str, Any]:
         """All of it with the newest picture in base64, once that is not `number`; without one after WAIT seconds."""
@@ -123,10 +123,10 @@ class Board:
         return self._picture.number if self._picture else 0
 
     def _status(self) -> dict[str, Any]:
-        told, classes, picture = dict(self._diagnostics), self._classes, None
-        if told:
-            told["age"] = round(self._clock() - self._told_at, 1)
-            told["stale"] = told["age"] > 2 * PATIENCE
+        diagnostics, classes, picture = dict(self._diagnostics), self._classes, None
+        if diagnostics:
+            diagnostics["age"] = round(self._clock() - self._diagnosed_at, 1)
+            diagnostics["stale"] = diagnostics["age"] > 2 * PATIENCE
         if self._picture:
             picture = {"number": self._number, "pixels": self._picture.pixels, **self._pictures.summary()}
             if not picture["stale"]:
@@ -138,7 +138,7 @@ class Board:
             "picture": picture,
             "result": {"number": self._results.count, **self._results.summary()} if self._results.count else None,
             "classes": classes,
-            "diagnostics": told,
+            "diagnostics": diagnostics,
         }
 
 

@@ -37,7 +37,7 @@ class Page(ThreadingHTTPServer):
         self.board = board
         self.host = host
         self.html = Path(__file__).with_name("watch.html").read_text(encoding="utf-8")
-        self._room = threading.BoundedSemaphore(CONNECTIONS)
+        self._free = threading.BoundedSemaphore(CONNECTIONS)
         self._thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True)
         try:
             super().__init__((host, port), _Handler)
@@ -64,18 +64,18 @@ class Page(ThreadingHTTPServer):
         self.server_close()
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
-        """Whether there is room for another connection."""
-        return self._room.acquire(blocking=False)
+        """Whether fewer than CONNECTIONS are being served; the new one then counts as one of them."""
+        return self._free.acquire(blocking=False)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """Serve one connection."""
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self._room.release()
+            self._free.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Tell what went wrong, unless it is only that the browser went away."""
+        """Print what went wrong, unless it is only that the browser went away."""
         if not isinstance(sys.exc_info()[1], OSError):
             super().handle_error(request, client_address)
 

@@ -98,8 +98,8 @@ def _figure(value: float | None) -> str:
 
 
 def _head(status: dict[str, Any]) -> str:
-    told = status["diagnostics"]
-    values = told.get("values", {}) if told and not told["stale"] else {}
+    diagnostics = status["diagnostics"]
+    values = diagnostics.get("values", {}) if diagnostics and not diagnostics["stale"] else {}
     parts = [status["node"], values.get("state", "state unknown"), f"{status['fps']:.1f} fps"]
     parts += [f"{name} {values[key]} ms" for name, key in _TIMES if values.get(key)]
     return "  ".join(parts)

@@ -11,6 +11,7 @@ import cv2
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
 from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
+from rclpy.subscription import Subscription
 from sensor_msgs.msg import Image
 from vision_msgs.msg import LabelInfo
 
@@ -41,7 +42,7 @@ class Watcher(Node):
         super().__init__(f"nerve_watch_{os.getpid()}", namespace=namespace, enable_rosout=False)
         self._board = board
         self._keeper = keeper
-        self._overlay = None
+        self._overlay: Subscription | None = None
         self._complaint = ""
         self._looked = -math.inf
         self.target = f"{namespace.rstrip('/')}/nerve"
@@ -124,13 +125,13 @@ class Watcher(Node):
             return self._why(self._results_topic, "nerve_ros/msg/ClassConfidenceArray", no_results)
         if self._overlay is not None and (self._complaint or no_pictures):
             return self._complaint or self._why(self._overlay_topic, "sensor_msgs/msg/Image", no_pictures)
-        told, age = self._board.told()
-        return told["message"] if told and told["level"] != "ok" and age <= 2 * PATIENCE else ""
+        last, age = self._board.last_diagnostics()
+        return last["message"] if last and last["level"] != "ok" and age <= 2 * PATIENCE else ""
 
     def _why(self, topic: str, message_type: str, silence: float) -> str:
-        """Why nothing comes on a topic that is subscribed reliable and volatile, as far as this machine can tell."""
-        told, age = self._board.told()
-        current = told if age <= 2 * PATIENCE else {}
+        """Why nothing comes on a topic that is subscribed reliable and volatile, as far as this machine can see."""
+        last, age = self._board.last_diagnostics()
+        current = last if age <= 2 * PATIENCE else {}
         state = current.get("values", {}).get("state", "")
         publishers = self.get_publishers_info_by_topic(topic)
         if not publishers:
@@ -145,7 +146,7 @@ class Watcher(Node):
             return f"{self.target} is inactive; ros2 lifecycle set {self.target} activate"
         if current and (current["level"] != "ok" or current["message"] != "active"):
             return current["message"]
-        if told and not current:
+        if last and not current:
             return f"{self.target} has told nothing for {age:.0f} s: it was ended, or it hangs"
         return f"nothing has come on {topic} for {silence:.0f} s"
 

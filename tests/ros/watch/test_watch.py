@@ -333,11 +333,11 @@ def test_connections_beyond_the_limit_are_closed_until_there_is_room_again(page,
             stack.enter_context(socket.create_connection(page.server_address, timeout=harness.PATIENCE))
             for _ in range(page_module.CONNECTIONS)
         ]
-        until(lambda: not page._room._value, "full house")
+        until(lambda: not page._free._value, "full server")
         with socket.create_connection(page.server_address, timeout=harness.PATIENCE) as late:
             assert late.recv(1) == b""
         assert held
-    until(lambda: page._room._value == page_module.CONNECTIONS, "empty house")
+    until(lambda: page._free._value == page_module.CONNECTIONS, "free server")
     assert answer_of(page, "/status")[0].status == 200
 
 
