@@ -12,8 +12,7 @@ import functools
 import importlib
 import time
 import traceback
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
@@ -35,13 +34,13 @@ from nerve_ros.depth import DepthBuffer
 from nerve_ros.graph import namesakes, why_no_image
 from nerve_ros.health import Health, diagnostics, resident_bytes
 from nerve_ros.images import ImageError, check_image
-from nerve_ros.labels import LabelRegistry
 from nerve_ros.msg import Vocabulary as VocabularyMessage
 from nerve_ros.outputs import Outputs
-from nerve_ros.parameters import NodeConfig
+from nerve_ros.parameters import NodeConfig, listed, vocabulary_differs
 from nerve_ros.pipeline import OUT_OF_MEMORY_LIMIT, THROTTLE, Frame, Pipeline, Question, Request, Snapshot
 from nerve_ros.services import create_deferred_service, not_located, settle
 from nerve_ros.srv import Locate, SetVocabulary
+from nerve_ros.vocabulary_input import VocabularyInput
 from nerve_ros.worker import QUESTIONS, Worker
 
 NO_IMAGE_WARNING = 2.0
@@ -50,12 +49,6 @@ NO_IMAGE_WARNING = 2.0
 NAMESAKE_WARNING = 25.0
 """Seconds after which another node of the same name is told of: one that was killed is forgotten after 20."""
 
-VOCABULARIES_TOLD = 60
-"""Lines about vocabularies that were taken in the log within THROTTLE seconds, at most."""
-
-REJECTIONS_TOLD = 20
-"""Rejected vocabularies that the log tells of within THROTTLE seconds, each with its reason; the others are counted."""
-
 STUCK_EXIT_CODE = 70
 """What the process ends with where exit_when_stuck says so (EX_SOFTWARE of sysexits.h)."""
 
@@ -63,21 +56,6 @@ VOCABULARY_QOS = QoSProfile(
     depth=1, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL
 )
 TEXT_QOS = QoSProfile(depth=10, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.VOLATILE)
-
-
-class Burst:
-    """At most `most` lines of a kind within THROTTLE seconds: rclpy's own throttle would let through only the first."""
-
-    def __init__(self, most: int) -> None:
-        self._told: deque[float] = deque(maxlen=most)
-
-    def room(self) -> bool:
-        """Whether one more may be told now; it then counts as told."""
-        now = time.monotonic()
-        if len(self._told) == self._told.maxlen and now - self._told[0] <= THROTTLE:
-            return False
-        self._told.append(now)
-        return True
 
 
 class Interrupted(BaseException):
@@ -129,10 +107,8 @@ class NerveNode(LifecycleNode):
         self._alone_at = time.monotonic()
         self._told: set[str] = set()
         self._questions: list[Question] = []
-        self._vocabularies_told, self._rejections_told = Burst(VOCABULARIES_TOLD), Burst(REJECTIONS_TOLD)
         self._health = Health()
         self._config = parameters.declare(self)
-        self._registry = LabelRegistry()
         self._depth = DepthBuffer(lambda: self._config.depth_tolerance)
         self._pipeline = Pipeline(
             log=self.get_logger(),
@@ -146,19 +122,29 @@ class NerveNode(LifecycleNode):
             process=self._pipeline.process,
             prepare=self._pipeline.prepare,
             adopt=lambda request, snapshot: self._pipeline.tell_labels(snapshot),
-            abandon=self._abandon,
+            abandon=lambda request, error: self._vocabularies.abandon(request, error),
             answer=self._pipeline.answer,
             failed=self._failed,
             min_interval=lambda: 1.0 / self._config.max_rate if self._config.max_rate else 0.0,
             enabled=lambda: self._config.enabled,
         )
+        self._vocabularies = VocabularyInput(
+            log=self.get_logger(),
+            health=self._health,
+            config=lambda: self._config,
+            set_parameters=self.set_parameters_atomically,
+            request=self._worker.request,
+            serving=lambda: self._worker.snapshot,
+            failed=self._failed,
+            on_executor=self._on_executor,
+        )
         for sentence in parameters.unknown_overrides(getattr(self, "_parameter_overrides", {})):
             self.get_logger().warning(sentence)
         self.add_on_set_parameters_callback(self._on_set_parameters)
         self.add_post_set_parameters_callback(self._on_parameters_set)
-        self.create_subscription(VocabularyMessage, "vocabulary", self._on_vocabulary, VOCABULARY_QOS)
-        self.create_subscription(String, "vocabulary_text", self._on_vocabulary_text, TEXT_QOS)
-        self.create_service(SetVocabulary, "~/set_vocabulary", self._on_set_vocabulary)
+        self.create_subscription(VocabularyMessage, "vocabulary", self._vocabularies.on_vocabulary, VOCABULARY_QOS)
+        self.create_subscription(String, "vocabulary_text", self._vocabularies.on_vocabulary_text, TEXT_QOS)
+        self.create_service(SetVocabulary, "~/set_vocabulary", self._vocabularies.on_set_vocabulary)
         self.create_service(SetBool, "~/enable", self._on_enable)
         create_deferred_service(self, Locate, "~/locate", self._on_locate, self._failed)
         self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", 1)
@@ -174,7 +160,7 @@ class NerveNode(LifecycleNode):
         self._stage = "importing the model libraries"
         self._await(self._worker.submit(lambda: importlib.import_module("nerve_core.segmenter")))
         self._stage = ""
-        self._ask_for_vocabulary(self._config)
+        self._vocabularies.ask_for(self._config)
         for trigger in (self.trigger_configure, self.trigger_activate) if self._config.autostart else ():
             succeeded = self.context.ok() and trigger() == TransitionCallbackReturn.SUCCESS
             if not self.context.ok():
@@ -329,47 +315,12 @@ class NerveNode(LifecycleNode):
                 self.get_logger().info(f"{doing}, {seconds:.0f} s so far")
         return future.result()
 
-    # The vocabulary: whatever way it comes, it ends in the parameter, and there in one pair of callbacks.
-
-    def _on_vocabulary(self, message: VocabularyMessage) -> None:
-        self._set_vocabulary(lambda: Vocabulary(message.names), "topic vocabulary")
-
-    def _on_vocabulary_text(self, message: String) -> None:
-        self._set_vocabulary(lambda: Vocabulary.parse(message.data), "topic vocabulary_text")
-
-    def _on_set_vocabulary(
-        self, request: SetVocabulary.Request, response: SetVocabulary.Response
-    ) -> SetVocabulary.Response:
-        reason = self._set_vocabulary(lambda: Vocabulary(request.names), "service set_vocabulary")
-        response.accepted, response.message = not reason, reason
-        if not reason:
-            vocabulary = self._config.make_vocabulary()
-            response.ids = self._registry.ids(vocabulary.names)
-            dropped = Vocabulary(request.names).dropped
-            response.message = f"named more than once, the first counts: {_listed(dropped)}" if dropped else ""
-        return response
-
-    def _set_vocabulary(self, read: Callable[[], Vocabulary], source: str) -> str:
-        """Have the vocabulary that `read` gives, or say why not; the empty string where it was taken."""
-        try:
-            vocabulary = read()
-        except ValueError as error:
-            self._health.vocabulary(accepted=False)
-            return self._vocabulary_rejected(source, str(error))
-        self._warn_of_duplicates(vocabulary)
-        names = Parameter("vocabulary", Parameter.Type.STRING_ARRAY, _entries(vocabulary))
-        result = self.set_parameters_atomically([names])
-        return "" if result.successful else self._vocabulary_rejected(source, result.reason)
+    # Parameters, on the executor.
 
     def _on_set_parameters(self, changes: list[Parameter]) -> SetParametersResult:
         try:
             config = parameters.changed(self._config, changes, configured=self._pipeline.outputs is not None)
-            if _vocabulary_differs(config, self._config):
-                try:
-                    self._registry.check(config.make_vocabulary().names, config.id_reuse_delay)
-                except ValueError:
-                    self._health.vocabulary(accepted=False)
-                    raise
+            self._vocabularies.check(config)
         except ValueError as error:
             return SetParametersResult(successful=False, reason=str(error))
         except Exception as error:
@@ -381,66 +332,17 @@ class NerveNode(LifecycleNode):
     def _on_parameters_set(self, changes: list[Parameter]) -> None:
         before = self._config
         self._config = parameters.changed(before, changes, configured=self._pipeline.outputs is not None)
-        if _vocabulary_differs(before, self._config):
-            self._ask_for_vocabulary(self._config)
+        if vocabulary_differs(before, self._config):
+            self._vocabularies.ask_for(self._config)
         self._worker.wake()
 
-    def _vocabulary_rejected(self, source: str, reason: str) -> str:
-        if self._rejections_told.room():
-            self.get_logger().warning(f"the vocabulary by {source} is rejected: {reason}; the one before stays")
-        return reason
-
-    def _ask_for_vocabulary(self, config: NodeConfig) -> None:
-        vocabulary = config.make_vocabulary()
-        labels = self._registry.assign(vocabulary.names, config.id_reuse_delay)
-        replaced = self._worker.request(Request(config, vocabulary, labels))
-        if replaced is not None:
-            self._abandon(replaced, None)
-        self._health.vocabulary(accepted=True)
-        if not self._vocabularies_told.room():
-            return
-        log = self.get_logger()
-        self._warn_of_duplicates(vocabulary)
-        if vocabulary.names:
-            log.info(f"vocabulary of {len(vocabulary.names)}: {_listed(vocabulary.names)}")
-        else:
-            log.warning(
-                "the vocabulary is empty: every pixel stays unlabelled (255) until names are set, for example with "
-                "ros2 topic pub --once /vocabulary_text std_msgs/msg/String \"data: 'chair, table'\""
-            )
-
-    def _warn_of_duplicates(self, vocabulary: Vocabulary) -> None:
-        if vocabulary.dropped:
-            self.get_logger().warning(
-                f"the vocabulary names these more than once; the first counts: {_listed(vocabulary.dropped)}"
-            )
-
     # On the worker's thread.
-
-    def _abandon(self, request: Request, error: Exception | None) -> None:
-        self._registry.release(request.labels, shown=request.shown)
-        if error is not None:
-            self._failed(error)
-            self.get_logger().error(
-                f"the vocabulary {_listed(request.vocabulary.names)} could not be embedded; the one before serves"
-            )
-            self._on_executor(self._set_back, request)
-
-    def _set_back(self, request: Request) -> None:
-        """Make the parameters say again what serves, after `request` failed (on the executor)."""
-        snapshot = self._worker.snapshot
-        if snapshot is None or _vocabulary_differs(self._config, request.config):
-            return
-        serving = snapshot.request.config
-        self.set_parameters_atomically(
-            [parameters.to_parameter(name, getattr(serving, name)) for name in parameters.VOCABULARY_FIELDS]
-        )
 
     def _too_often_out_of_memory(self) -> None:
         if self._config.on_out_of_memory == "cpu" and self._pipeline.segmenter.device.type != "cpu":
             self._worker.submit(self._fall_back)
         else:
-            self._on_executor(self._give_up, f"out of memory {OUT_OF_MEMORY_LIMIT} times in a row: deactivated")
+            self._on_executor(lambda: self._give_up(f"out of memory {OUT_OF_MEMORY_LIMIT} times in a row: deactivated"))
 
     def _fall_back(self) -> None:
         self._fallen_back = f"running on the CPU: out of memory {OUT_OF_MEMORY_LIMIT} times in a row"
@@ -450,15 +352,16 @@ class NerveNode(LifecycleNode):
             self._load(self._config, "cpu")
         except Exception as error:
             self._failed(error)
-            self._on_executor(self._give_up, f"the models could not be loaded on the CPU: {error}")
+            reason = f"the models could not be loaded on the CPU: {error}"
+            self._on_executor(lambda: self._give_up(reason))
             return
         finally:
             self._pipeline.stage = ""
         self.get_logger().warning(f"{self._fallen_back}; {self._pipeline.segmenter.description}")
 
-    def _on_executor(self, do: Callable[..., None], *arguments: object) -> None:
+    def _on_executor(self, do: Callable[[], None]) -> None:
         if self.executor is not None:
-            self.executor.create_task(do, *arguments)
+            self.executor.create_task(do)
 
     def _give_up(self, reason: str) -> None:
         if self.state == "active":
@@ -580,7 +483,7 @@ class NerveNode(LifecycleNode):
             "depth": self.resolve_topic_name("depth") if self._config.use_depth else "",
             "memory_mb": f"{resident_bytes() / 1e6:.0f}",
             "device_memory_mb": "" if memory is None else f"{memory / 1e6:.0f}",
-            "vocabulary": _listed([name for name in self._config.vocabulary if name]),
+            "vocabulary": listed([name for name in self._config.vocabulary if name]),
         }
         self._diagnostics.publish(
             diagnostics(
@@ -636,17 +539,3 @@ class NerveNode(LifecycleNode):
             self._told.add("no image")
             self.get_logger().warning(f"no image on {self._image_topic} for {silence:.0f} s; {why}")
         return DiagnosticStatus.WARN, f"no image on {self._image_topic} for {silence:.0f} s; {why}"
-
-
-def _vocabulary_differs(one: NodeConfig, other: NodeConfig) -> bool:
-    return any(getattr(one, name) != getattr(other, name) for name in parameters.VOCABULARY_FIELDS)
-
-
-def _entries(vocabulary: Vocabulary) -> list[str]:
-    """The names with their synonyms, as a message or the parameter holds them."""
-    return ["|".join(names) for names in vocabulary.synonyms]
-
-
-def _listed(names: Sequence[str], most: int = 20) -> str:
-    rest = f", and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(repr(name) for name in names[:most]) + rest

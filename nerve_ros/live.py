@@ -36,7 +36,7 @@ from nerve_ros.demo.player import CAMERA, Player, PlayerError
 from nerve_ros.demo.processes import Child, environment, node_command, own_domain
 from nerve_ros.demo.schedule import Asking
 from nerve_ros.images import rgb8_message
-from nerve_ros.parameters import FIELDS, NodeConfig
+from nerve_ros.parameters import FIELDS, NodeConfig, entries
 
 if TYPE_CHECKING:
     from nerve_core.segmenter import Segmentation, Segmenter
@@ -94,7 +94,7 @@ class Played:
 
     def vocabulary(self, asked: Vocabulary) -> Vocabulary:
         """`asked`, with the negatives that the node goes by."""
-        return Vocabulary(_entries(asked), negatives=self.config.make_vocabulary().negatives)
+        return Vocabulary(entries(asked), negatives=self.config.make_vocabulary().negatives)
 
     def load(self) -> Segmenter:
         """A segmenter by the node's own parameters, with as many threads as the node has."""
@@ -156,7 +156,7 @@ def play(
             stack.callback(player.close)
             played = Played(selection.topics[0], rig.rate, player.parameters())
             player.offer(played.config.image_transport)
-            asking = Asking(0.0, tuple(_entries(vocabulary)))
+            asking = Asking(0.0, tuple(entries(vocabulary)))
             say("asking for the names")
             player.ask(asking)
             try:
@@ -309,10 +309,6 @@ def figures(played: Played, comparison: Comparison) -> Live:
         equal=comparison.compared - len(comparison.different),
         different=tuple(comparison.different),
     )
-
-
-def _entries(vocabulary: Vocabulary) -> list[str]:
-    return ["|".join(words) for words in vocabulary.synonyms]
 
 
 def _wait_until_active(collector: Collector, child: Child | None, rig: Rig) -> None:

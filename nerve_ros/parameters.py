@@ -12,7 +12,7 @@ import difflib
 import math
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor
@@ -301,6 +301,22 @@ FIELDS: Mapping[str, dataclasses.Field] = {field.name: field for field in datacl
 
 VOCABULARY_FIELDS = ("vocabulary", "negatives", "background_name")
 """The parameters that together make the vocabulary: a change of one is a new vocabulary."""
+
+
+def vocabulary_differs(one: NodeConfig, other: NodeConfig) -> bool:
+    """Whether these ask for different vocabularies."""
+    return any(getattr(one, name) != getattr(other, name) for name in VOCABULARY_FIELDS)
+
+
+def entries(vocabulary: Vocabulary) -> list[str]:
+    """The names with their synonyms, as a message or the parameter holds them."""
+    return ["|".join(names) for names in vocabulary.synonyms]
+
+
+def listed(names: Sequence[str], most: int = 20) -> str:
+    """Names as a log line shows them: in quotes, no more than `most`, and the number of the others."""
+    rest = f", and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(repr(name) for name in names[:most]) + rest
 
 
 def _names(values: tuple[str, ...]) -> tuple[str, ...]:

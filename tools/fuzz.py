@@ -307,11 +307,11 @@ class Run:
         node = self._node
         match kind:
             case "Vocabulary":
-                return node._on_vocabulary(message)
+                return node._vocabularies.on_vocabulary(message)
             case "vocabulary_text":
-                return node._on_vocabulary_text(message)
+                return node._vocabularies.on_vocabulary_text(message)
             case "SetVocabulary":
-                return node._on_set_vocabulary(message, SetVocabulary.Response())
+                return node._vocabularies.on_set_vocabulary(message, SetVocabulary.Response())
             case "Locate":
                 return node._on_locate(message)
             case _:
