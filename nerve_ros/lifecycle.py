@@ -21,19 +21,15 @@ from rclpy.clock import Clock
 from rclpy.clock_type import ClockType
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.parameter import Parameter
-from rclpy.qos import DurabilityPolicy, QoSPolicyKind, QoSProfile, ReliabilityPolicy
-from rclpy.qos_overriding_options import QoSOverridingOptions
-from rclpy.subscription import Subscription
-from sensor_msgs.msg import CameraInfo, CompressedImage, Image
+from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 from std_msgs.msg import String
 from std_srvs.srv import SetBool
 
 from nerve_core import Vocabulary
 from nerve_ros import parameters
-from nerve_ros.depth import DepthBuffer
-from nerve_ros.graph import namesakes, why_no_image
+from nerve_ros.graph import namesakes
 from nerve_ros.health import Health, diagnostics, resident_bytes
-from nerve_ros.images import ImageError, check_image
+from nerve_ros.image_input import ImageInput
 from nerve_ros.msg import Vocabulary as VocabularyMessage
 from nerve_ros.outputs import Outputs
 from nerve_ros.parameters import NodeConfig, listed, vocabulary_differs
@@ -42,9 +38,6 @@ from nerve_ros.services import create_deferred_service, not_located, settle
 from nerve_ros.srv import Locate, SetVocabulary
 from nerve_ros.vocabulary_input import VocabularyInput
 from nerve_ros.worker import QUESTIONS, Worker
-
-NO_IMAGE_WARNING = 2.0
-"""Seconds without an image after which the diagnostics of an active node, and the log, say so."""
 
 NAMESAKE_WARNING = 25.0
 """Seconds after which another node of the same name is told of: one that was killed is forgotten after 20."""
@@ -101,15 +94,11 @@ class NerveNode(LifecycleNode):
         self.transition_error = ""
         self.exit_code = 0
         self._stage = self._fallen_back = ""
-        self._inputs: list[Subscription] = []
-        self._image_topic = ""
-        self._active_since = 0.0
         self._alone_at = time.monotonic()
         self._told: set[str] = set()
         self._questions: list[Question] = []
         self._health = Health()
         self._config = parameters.declare(self)
-        self._depth = DepthBuffer(lambda: self._config.depth_tolerance)
         self._pipeline = Pipeline(
             log=self.get_logger(),
             clock=self.get_clock(),
@@ -128,6 +117,7 @@ class NerveNode(LifecycleNode):
             min_interval=lambda: 1.0 / self._config.max_rate if self._config.max_rate else 0.0,
             enabled=lambda: self._config.enabled,
         )
+        self._images = ImageInput(self, health=self._health, config=lambda: self._config, offer=self._worker.offer)
         self._vocabularies = VocabularyInput(
             log=self.get_logger(),
             health=self._health,
@@ -201,14 +191,13 @@ class NerveNode(LifecycleNode):
         super().on_activate(state)
         try:
             self._await(self._worker.submit(lambda: self._pipeline.tell_labels(self._worker.snapshot)))
-            self._active_since = time.monotonic()
-            self._subscribe()
+            self._images.open()
         except Exception:
             super().on_deactivate(state)
             raise
-        self._pipeline.forget(f"no image has come on {self._image_topic} yet")
+        self._pipeline.forget(f"no image has come on {self._images.topic} yet")
         self._worker.resume()
-        self.get_logger().info(f"waiting for images on {self._image_topic}")
+        self.get_logger().info(f"waiting for images on {self._images.topic}")
 
     @_transition("deactivating", "inactive")
     def on_deactivate(self, state: LifecycleState) -> None:
@@ -238,47 +227,13 @@ class NerveNode(LifecycleNode):
             self.get_logger().error(f"transition {transition_id} is not possible while {self.state}: {error}")
             return TransitionCallbackReturn.ERROR
 
-    def _image_input(self) -> tuple[type, str]:
-        """Type and topic of images, as a subscription takes them. Compressed ones are on whatever `image/compressed` is
-        remapped to; where that is left alone, beside the topic that `image` is remapped to."""
-        if self._config.image_transport != "compressed":
-            return Image, "image"
-        name = "image/compressed"
-        if self.resolve_topic_name(name) == self.resolve_topic_name(name, only_expand=True):
-            name = f"{self.resolve_topic_name('image')}/compressed"
-        return CompressedImage, name
-
-    def _subscribe(self) -> None:
-        self._told.discard("no image")
-        policies = (
-            QoSPolicyKind.HISTORY,
-            QoSPolicyKind.DEPTH,
-            QoSPolicyKind.RELIABILITY,
-            QoSPolicyKind.DURABILITY,
-        )
-
-        def subscribe(kind: type, topic: str, callback: Callable[[object], None]) -> None:
-            # A quality of service of its own each time: the overrides are written into it.
-            qos = QoSProfile(depth=1, reliability=ReliabilityPolicy.BEST_EFFORT, durability=DurabilityPolicy.VOLATILE)
-            overrides = QoSOverridingOptions(policies)
-            self._inputs.append(self.create_subscription(kind, topic, callback, qos, qos_overriding_options=overrides))
-
-        subscribe(*self._image_input(), self._on_image)
-        self._image_topic = self._inputs[0].topic_name
-        if self._config.use_depth:
-            subscribe(Image, "depth", self._depth.depth)
-            subscribe(CameraInfo, "camera_info", self._depth.camera_info)
-
     def _stop(self) -> None:
         waiting, questions = self._worker.pause()
         if waiting is not None:
             self._health.dropped()
         for question in questions:
             settle(question.answer, not_located("the node was deactivated"))
-        for subscription in self._inputs:
-            self.destroy_subscription(subscription)
-        self._inputs.clear()
-        self._depth.clear()
+        self._images.close()
 
     def _load(self, config: NodeConfig, device: str) -> None:
         self._pipeline.load(config, device)
@@ -381,24 +336,6 @@ class NerveNode(LifecycleNode):
             throttle_duration_sec=THROTTLE,
         )
 
-    # Images, on the executor.
-
-    def _on_image(self, message: Image | CompressedImage) -> None:
-        self._health.arrived()
-        try:
-            check_image(message)
-        except ImageError as error:
-            # Before the slot: a broken message must not push a good one out of it.
-            self._image_rejected(error)
-            return
-        match = self._depth.follow(message.header) if self._config.use_depth else None
-        if not self._worker.offer(Frame(message, time.monotonic(), match)):
-            self._health.dropped()
-
-    def _image_rejected(self, error: ImageError) -> None:
-        self._health.rejected(error.kind, str(error))
-        self.get_logger().error(f"image on {self._image_topic} dropped: {error}", throttle_duration_sec=THROTTLE)
-
     # Questions, on the executor.
 
     def _on_enable(self, request: SetBool.Request, response: SetBool.Response) -> SetBool.Response:
@@ -430,7 +367,7 @@ class NerveNode(LifecycleNode):
         now = time.monotonic()
         for question in self._questions:
             if timeout and now - question.asked > timeout:
-                why = self._stuck() if self._stuck_for() else f"no image came on {self._image_topic}"
+                why = self._stuck() if self._stuck_for() else f"no image came on {self._images.topic}"
                 settle(question.answer, not_located(f"not searched within {timeout:g} s: {why}"))
         self._questions = [question for question in self._questions if not question.answer.done()]
 
@@ -479,7 +416,7 @@ class NerveNode(LifecycleNode):
             "operator": self._pipeline.operator,
             "enabled": str(self._config.enabled).lower(),
             "questions": str(sum(not question.answer.done() for question in self._questions)),
-            "image_topic": self._image_topic,
+            "image_topic": self._images.topic,
             "depth": self.resolve_topic_name("depth") if self._config.use_depth else "",
             "memory_mb": f"{resident_bytes() / 1e6:.0f}",
             "device_memory_mb": "" if memory is None else f"{memory / 1e6:.0f}",
@@ -503,9 +440,12 @@ class NerveNode(LifecycleNode):
             return DiagnosticStatus.ERROR, self._stuck()
         if self.state != "active":
             return DiagnosticStatus.OK, self.state
-        trouble = self._health.trouble() or self._namesake() or self._silence()
+        trouble = self._health.trouble() or self._namesake()
         if trouble is not None:
             return trouble
+        silence = self._images.silence()
+        if silence:
+            return DiagnosticStatus.WARN, silence
         if self._fallen_back:
             return DiagnosticStatus.WARN, self._fallen_back
         if not self._config.enabled:
@@ -524,18 +464,3 @@ class NerveNode(LifecycleNode):
         )
         self._tell_once("namesake", text)
         return DiagnosticStatus.WARN, text
-
-    def _silence(self) -> tuple[bytes, str] | None:
-        silence = self._health.seconds_without_image()
-        active = time.monotonic() - self._active_since
-        silence = active if silence is None else min(silence, active)
-        if silence <= NO_IMAGE_WARNING:
-            self._told.discard("no image")
-            return None
-        image = self._inputs[0]
-        kind = "sensor_msgs/msg/" + image.msg_type.__name__
-        why = why_no_image(self, self._image_topic, kind, image.qos_profile)
-        if "no image" not in self._told:
-            self._told.add("no image")
-            self.get_logger().warning(f"no image on {self._image_topic} for {silence:.0f} s; {why}")
-        return DiagnosticStatus.WARN, f"no image on {self._image_topic} for {silence:.0f} s; {why}"

@@ -292,7 +292,7 @@ class Run:
                 self._found(number, "Locate was never answered")
         self.outcomes["segmented meanwhile"] = figures["images_segmented"]
         good = self._mill._image(width=64, height=48, step=192, encoding="rgb8", data=bytes(64 * 48 * 3))
-        self._node._on_image(good)
+        self._node._images.on_image(good)
         deadline = time.monotonic() + 60.0
         while self._figures()["images_segmented"] == figures["images_segmented"]:
             if time.monotonic() > deadline or self._node.state != "active":
@@ -315,7 +315,7 @@ class Run:
             case "Locate":
                 return node._on_locate(message)
             case _:
-                return node._on_image(message)
+                return node._images.on_image(message)
 
     def _timed(self, what: str, do: Callable[[], object]) -> object:
         started = time.perf_counter()
