@@ -13,7 +13,6 @@ import importlib
 import time
 import traceback
 from collections.abc import Callable
-from concurrent.futures import Future
 
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
 from rcl_interfaces.msg import SetParametersResult
@@ -25,7 +24,6 @@ from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 from std_msgs.msg import String
 from std_srvs.srv import SetBool
 
-from nerve_core import Vocabulary
 from nerve_ros import parameters
 from nerve_ros.graph import namesakes
 from nerve_ros.health import Health, diagnostics, resident_bytes
@@ -34,10 +32,11 @@ from nerve_ros.msg import Vocabulary as VocabularyMessage
 from nerve_ros.outputs import Outputs
 from nerve_ros.parameters import NodeConfig, listed, vocabulary_differs
 from nerve_ros.pipeline import OUT_OF_MEMORY_LIMIT, THROTTLE, Frame, Pipeline, Question, Request, Snapshot
+from nerve_ros.questions import Questions
 from nerve_ros.services import create_deferred_service, not_located, settle
 from nerve_ros.srv import Locate, SetVocabulary
 from nerve_ros.vocabulary_input import VocabularyInput
-from nerve_ros.worker import QUESTIONS, Worker
+from nerve_ros.worker import Worker
 
 NAMESAKE_WARNING = 25.0
 """Seconds after which another node of the same name is told of: one that was killed is forgotten after 20."""
@@ -96,7 +95,6 @@ class NerveNode(LifecycleNode):
         self._stage = self._fallen_back = ""
         self._alone_at = time.monotonic()
         self._told: set[str] = set()
-        self._questions: list[Question] = []
         self._health = Health()
         self._config = parameters.declare(self)
         self._pipeline = Pipeline(
@@ -118,6 +116,11 @@ class NerveNode(LifecycleNode):
             enabled=lambda: self._config.enabled,
         )
         self._images = ImageInput(self, health=self._health, config=lambda: self._config, offer=self._worker.offer)
+        self._questions = Questions(
+            ask=self._worker.ask,
+            state=lambda: self.state,
+            obstacle=lambda: self._stuck() if self._stuck_for() else f"no image came on {self._images.topic}",
+        )
         self._vocabularies = VocabularyInput(
             log=self.get_logger(),
             health=self._health,
@@ -136,7 +139,7 @@ class NerveNode(LifecycleNode):
         self.create_subscription(String, "vocabulary_text", self._vocabularies.on_vocabulary_text, TEXT_QOS)
         self.create_service(SetVocabulary, "~/set_vocabulary", self._vocabularies.on_set_vocabulary)
         self.create_service(SetBool, "~/enable", self._on_enable)
-        create_deferred_service(self, Locate, "~/locate", self._on_locate, self._failed)
+        create_deferred_service(self, Locate, "~/locate", self._questions.on_locate, self._failed)
         self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", 1)
         # By the steady clock: with use_sim_time a paused simulation would silence it.
         self.create_timer(1.0, self._every_second, clock=Clock(clock_type=ClockType.STEADY_TIME))
@@ -291,6 +294,11 @@ class NerveNode(LifecycleNode):
             self._vocabularies.ask_for(self._config)
         self._worker.wake()
 
+    def _on_enable(self, request: SetBool.Request, response: SetBool.Response) -> SetBool.Response:
+        result = self.set_parameters_atomically([Parameter("enabled", value=request.data)])
+        response.success, response.message = result.successful, result.reason
+        return response
+
     # On the worker's thread.
 
     def _too_often_out_of_memory(self) -> None:
@@ -336,41 +344,6 @@ class NerveNode(LifecycleNode):
             throttle_duration_sec=THROTTLE,
         )
 
-    # Questions, on the executor.
-
-    def _on_enable(self, request: SetBool.Request, response: SetBool.Response) -> SetBool.Response:
-        result = self.set_parameters_atomically([Parameter("enabled", value=request.data)])
-        response.success, response.message = result.successful, result.reason
-        return response
-
-    def _on_locate(self, request: Locate.Request) -> Future[Locate.Response]:
-        answer: Future[Locate.Response] = Future()
-        refused = ""
-        try:
-            vocabulary = Vocabulary([request.name])
-        except ValueError as error:
-            refused = str(error)
-        if self.state != "active":
-            refused = f"the node is {self.state}; activate it first"
-        if not refused:
-            question = Question(vocabulary, request.want_mask, time.monotonic(), answer)
-            self._questions = [asked for asked in self._questions if not asked.answer.done()]
-            if self._worker.ask(question):
-                self._questions.append(question)
-            else:
-                refused = f"{QUESTIONS} questions wait already; ask again when one of them is answered"
-        if refused:
-            settle(answer, not_located(refused))
-        return answer
-
-    def _expire_questions(self, timeout: float) -> None:
-        now = time.monotonic()
-        for question in self._questions:
-            if timeout and now - question.asked > timeout:
-                why = self._stuck() if self._stuck_for() else f"no image came on {self._images.topic}"
-                settle(question.answer, not_located(f"not searched within {timeout:g} s: {why}"))
-        self._questions = [question for question in self._questions if not question.answer.done()]
-
     # Once a second, on the executor.
 
     def _every_second(self) -> None:
@@ -384,7 +357,7 @@ class NerveNode(LifecycleNode):
                 return
         else:
             self._told.discard("stuck")
-        self._expire_questions(config.inference_timeout)
+        self._questions.expire(config.inference_timeout)
         self._publish_diagnostics()
 
     def _tell_once(self, what: str, text: str) -> None:
@@ -415,7 +388,7 @@ class NerveNode(LifecycleNode):
             "precision": str(segmenter.dtype) if segmenter else "",
             "operator": self._pipeline.operator,
             "enabled": str(self._config.enabled).lower(),
-            "questions": str(sum(not question.answer.done() for question in self._questions)),
+            "questions": str(self._questions.waiting),
             "image_topic": self._images.topic,
             "depth": self.resolve_topic_name("depth") if self._config.use_depth else "",
             "memory_mb": f"{resident_bytes() / 1e6:.0f}",

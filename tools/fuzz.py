@@ -313,7 +313,7 @@ class Run:
             case "SetVocabulary":
                 return node._vocabularies.on_set_vocabulary(message, SetVocabulary.Response())
             case "Locate":
-                return node._on_locate(message)
+                return node._questions.on_locate(message)
             case _:
                 return node._images.on_image(message)
 
