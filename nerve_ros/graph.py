@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import time
+
 from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 from rclpy.topic_endpoint_info import TopicEndpointInfo
+
+NAMESAKE_WARNING = 25.0
+"""Seconds after which another node of the same name is told of: one that was killed is forgotten after 20."""
 
 
 def why_no_image(node: Node, topic: str, message_type: str, qos: QoSProfile) -> str:
@@ -49,3 +54,28 @@ def namesakes(node: Node) -> int:
     """How many other nodes have the name and namespace of `node`; one that was killed counts until it is forgotten."""
     own = (node.get_name(), node.get_namespace())
     return node.get_node_names_and_namespaces().count(own) - 1
+
+
+class Namesakes:
+    """Notices that another node goes by the name of `node`."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._alone_at = time.monotonic()
+        self._logged = False
+
+    def warning(self) -> str:
+        """What is wrong where another node of this name has been there for NAMESAKE_WARNING seconds, logged once."""
+        if not namesakes(self._node):
+            self._alone_at = time.monotonic()
+            self._logged = False
+        if time.monotonic() - self._alone_at < NAMESAKE_WARNING:
+            return ""
+        text = (
+            f"another node is called {self._node.get_fully_qualified_name()}: both publish on the same topics; start "
+            "one of them in a namespace of its own"
+        )
+        if not self._logged:
+            self._logged = True
+            self._node.get_logger().error(text)
+        return text

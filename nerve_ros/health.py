@@ -7,17 +7,13 @@ played without use_sim_time), so that such ages are left out.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
-from builtin_interfaces.msg import Time
-from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
-from std_msgs.msg import Header
+from diagnostic_msgs.msg import DiagnosticStatus
 
 WINDOW = 100
 """Images that percentiles are taken over."""
@@ -144,11 +140,6 @@ class Health:
             return shown
 
 
-def resident_bytes() -> int:
-    """Memory of this process that is in RAM."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
 def _percentiles(name: str, milliseconds: Sequence[float]) -> dict[str, str]:
     if not milliseconds:
         return {f"{name}_p50_ms": "", f"{name}_p95_ms": ""}
@@ -160,17 +151,3 @@ def _rate(times: Sequence[float], now: float) -> float:
     """Events a second over the last RECENT seconds."""
     recent = [moment for moment in times if now - moment <= RECENT]
     return (len(recent) - 1) / max(recent[-1] - recent[0], 1e-3) if len(recent) > 1 else len(recent) / RECENT
-
-
-def diagnostics(
-    *, name: str, hardware: str, level: bytes, message: str, values: Mapping[str, str], stamp: Time
-) -> DiagnosticArray:
-    """The one message about a node: `level` is one of DiagnosticStatus.OK, WARN, ERROR, STALE."""
-    status = DiagnosticStatus(
-        level=level,
-        name=name,
-        message=message,
-        hardware_id=hardware,
-        values=[KeyValue(key=key, value=value) for key, value in values.items()],
-    )
-    return DiagnosticArray(header=Header(stamp=stamp), status=[status])

@@ -14,7 +14,6 @@ import time
 import traceback
 from collections.abc import Callable
 
-from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
 from rcl_interfaces.msg import SetParametersResult
 from rclpy.clock import Clock
 from rclpy.clock_type import ClockType
@@ -25,21 +24,19 @@ from std_msgs.msg import String
 from std_srvs.srv import SetBool
 
 from nerve_ros import parameters
-from nerve_ros.graph import namesakes
-from nerve_ros.health import Health, diagnostics, resident_bytes
+from nerve_ros.diagnostics import Diagnostics, Phase
+from nerve_ros.health import Health
 from nerve_ros.image_input import ImageInput
 from nerve_ros.msg import Vocabulary as VocabularyMessage
 from nerve_ros.outputs import Outputs
-from nerve_ros.parameters import NodeConfig, listed, vocabulary_differs
+from nerve_ros.parameters import NodeConfig, vocabulary_differs
 from nerve_ros.pipeline import OUT_OF_MEMORY_LIMIT, THROTTLE, Frame, Pipeline, Question, Request, Snapshot
 from nerve_ros.questions import Questions
 from nerve_ros.services import create_deferred_service, not_located, settle
 from nerve_ros.srv import Locate, SetVocabulary
 from nerve_ros.vocabulary_input import VocabularyInput
+from nerve_ros.watchdog import Watchdog
 from nerve_ros.worker import Worker
-
-NAMESAKE_WARNING = 25.0
-"""Seconds after which another node of the same name is told of: one that was killed is forgotten after 20."""
 
 STUCK_EXIT_CODE = 70
 """What the process ends with where exit_when_stuck says so (EX_SOFTWARE of sysexits.h)."""
@@ -63,19 +60,19 @@ def _transition(doing: str, done: str) -> Callable:
     def decorate(method: Callable[[NerveNode, LifecycleState], None]) -> Callable:
         @functools.wraps(method)
         def callback(self: NerveNode, state: LifecycleState) -> TransitionCallbackReturn:
-            self.state = doing
+            self.phase.state = doing
             try:
                 method(self, state)
             except Exception as error:
-                self.state = state.label
-                self.transition_error = f"{doing} failed: {error}"
-                self.get_logger().error(self.transition_error)
+                self.phase.state = state.label
+                self.phase.error = f"{doing} failed: {error}"
+                self.get_logger().error(self.phase.error)
                 self.get_logger().debug(traceback.format_exc())
                 return TransitionCallbackReturn.FAILURE
             finally:
-                self._stage = self._pipeline.stage = ""
-            self.state = done
-            self.transition_error = ""
+                self._pipeline.stage = ""
+            self.phase.state = done
+            self.phase.error = ""
             self.get_logger().info(done)
             return TransitionCallbackReturn.SUCCESS
 
@@ -89,12 +86,8 @@ class NerveNode(LifecycleNode):
 
     def __init__(self, **kwargs: object) -> None:
         super().__init__("nerve", **kwargs)
-        self.state = "unconfigured"
-        self.transition_error = ""
+        self.phase = Phase()
         self.exit_code = 0
-        self._stage = self._fallen_back = ""
-        self._alone_at = time.monotonic()
-        self._told: set[str] = set()
         self._health = Health()
         self._config = parameters.declare(self)
         self._pipeline = Pipeline(
@@ -102,7 +95,7 @@ class NerveNode(LifecycleNode):
             clock=self.get_clock(),
             health=self._health,
             config=lambda: self._config,
-            publishing=lambda: self.state == "active" and self.context.ok(),
+            publishing=lambda: self.phase.state == "active" and self.context.ok(),
             too_often_out_of_memory=self._too_often_out_of_memory,
         )
         self._worker: Worker[Frame, Request, Snapshot, Question] = Worker(
@@ -116,10 +109,11 @@ class NerveNode(LifecycleNode):
             enabled=lambda: self._config.enabled,
         )
         self._images = ImageInput(self, health=self._health, config=lambda: self._config, offer=self._worker.offer)
+        self._watchdog = Watchdog(self._worker, log=self.get_logger(), timeout=lambda: self._config.inference_timeout)
         self._questions = Questions(
             ask=self._worker.ask,
-            state=lambda: self.state,
-            obstacle=lambda: self._stuck() if self._stuck_for() else f"no image came on {self._images.topic}",
+            state=lambda: self.phase.state,
+            obstacle=lambda: self._watchdog.stuck or f"no image came on {self._images.topic}",
         )
         self._vocabularies = VocabularyInput(
             log=self.get_logger(),
@@ -140,7 +134,16 @@ class NerveNode(LifecycleNode):
         self.create_service(SetVocabulary, "~/set_vocabulary", self._vocabularies.on_set_vocabulary)
         self.create_service(SetBool, "~/enable", self._on_enable)
         create_deferred_service(self, Locate, "~/locate", self._questions.on_locate, self._failed)
-        self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", 1)
+        self._diagnostics = Diagnostics(
+            self,
+            phase=self.phase,
+            config=lambda: self._config,
+            health=self._health,
+            pipeline=self._pipeline,
+            watchdog=self._watchdog,
+            images=self._images,
+            questions=self._questions,
+        )
         # By the steady clock: with use_sim_time a paused simulation would silence it.
         self.create_timer(1.0, self._every_second, clock=Clock(clock_type=ClockType.STEADY_TIME))
 
@@ -150,16 +153,16 @@ class NerveNode(LifecycleNode):
         Raises ValueError for a vocabulary that cannot be used, Interrupted where the process is asked to end meanwhile.
         """
         # Not here but on the worker's thread: the model libraries take seconds to import, deaf to signals.
-        self._stage = "importing the model libraries"
+        self._pipeline.stage = "importing the model libraries"
         self._await(self._worker.submit(lambda: importlib.import_module("nerve_core.segmenter")))
-        self._stage = ""
+        self._pipeline.stage = ""
         self._vocabularies.ask_for(self._config)
         for trigger in (self.trigger_configure, self.trigger_activate) if self._config.autostart else ():
             succeeded = self.context.ok() and trigger() == TransitionCallbackReturn.SUCCESS
             if not self.context.ok():
                 raise Interrupted
             if not succeeded:
-                step = "configure" if self.state == "unconfigured" else "activate"
+                step = "configure" if self.phase.state == "unconfigured" else "activate"
                 name = self.get_fully_qualified_name()
                 self.get_logger().error(f"not started; put it right, then: ros2 lifecycle set {name} {step}")
                 return
@@ -180,7 +183,7 @@ class NerveNode(LifecycleNode):
     def on_configure(self, state: LifecycleState) -> None:
         config = self._config
         self._health.reset()
-        self._fallen_back = ""
+        self.phase.fallen_back = ""
         try:
             self._await(self._worker.submit(lambda: self._load(config, config.device)))
             self._pipeline.outputs = Outputs(self)
@@ -227,7 +230,7 @@ class NerveNode(LifecycleNode):
         try:
             return super()._LifecycleNodeMixin__change_state(transition_id)
         except Exception as error:
-            self.get_logger().error(f"transition {transition_id} is not possible while {self.state}: {error}")
+            self.get_logger().error(f"transition {transition_id} is not possible while {self.phase.state}: {error}")
             return TransitionCallbackReturn.ERROR
 
     def _stop(self) -> None:
@@ -262,14 +265,15 @@ class NerveNode(LifecycleNode):
             if not self.context.ok():
                 raise Interrupted
             seconds = time.monotonic() - started
-            if self._stuck_for():
-                raise RuntimeError(f"{self._stuck()}; nothing can be loaded or given back until it does")
+            stuck = self._watchdog.stuck
+            if stuck:
+                raise RuntimeError(f"{stuck}; nothing can be loaded or given back until it does")
             if seconds >= published + 1:
                 published += 1
-                self._publish_diagnostics()
+                self._diagnostics.publish()
             if seconds >= THROTTLE * (told + 1):
                 told += 1
-                doing = self._stage or self._pipeline.stage or self.state
+                doing = self._pipeline.stage or self.phase.state
                 self.get_logger().info(f"{doing}, {seconds:.0f} s so far")
         return future.result()
 
@@ -308,7 +312,7 @@ class NerveNode(LifecycleNode):
             self._on_executor(lambda: self._give_up(f"out of memory {OUT_OF_MEMORY_LIMIT} times in a row: deactivated"))
 
     def _fall_back(self) -> None:
-        self._fallen_back = f"running on the CPU: out of memory {OUT_OF_MEMORY_LIMIT} times in a row"
+        self.phase.fallen_back = f"running on the CPU: out of memory {OUT_OF_MEMORY_LIMIT} times in a row"
         self.get_logger().error(f"out of memory {OUT_OF_MEMORY_LIMIT} times in a row: loading the models on the CPU")
         try:
             self._unload()
@@ -320,18 +324,18 @@ class NerveNode(LifecycleNode):
             return
         finally:
             self._pipeline.stage = ""
-        self.get_logger().warning(f"{self._fallen_back}; {self._pipeline.segmenter.description}")
+        self.get_logger().warning(f"{self.phase.fallen_back}; {self._pipeline.segmenter.description}")
 
     def _on_executor(self, do: Callable[[], None]) -> None:
         if self.executor is not None:
             self.executor.create_task(do)
 
     def _give_up(self, reason: str) -> None:
-        if self.state == "active":
+        if self.phase.state == "active":
             self.trigger_deactivate()
-        if self._pipeline.segmenter is None and self.state == "inactive":
+        if self._pipeline.segmenter is None and self.phase.state == "inactive":
             self.trigger_cleanup()
-        self.transition_error = reason
+        self.phase.error = reason
         self.get_logger().error(reason)
 
     def _failed(self, error: Exception) -> None:
@@ -347,93 +351,11 @@ class NerveNode(LifecycleNode):
     # Once a second, on the executor.
 
     def _every_second(self) -> None:
-        config = self._config
-        if self._stuck_for():
-            self._tell_once("stuck", f"{self._stuck()}. It is here:\n{self._worker.stack()}")
-            if config.exit_when_stuck:
-                self.get_logger().fatal(f"{self._stuck()}: the process ends, as exit_when_stuck says")
-                self.exit_code = STUCK_EXIT_CODE
-                self.context.try_shutdown()
-                return
-        else:
-            self._told.discard("stuck")
-        self._questions.expire(config.inference_timeout)
-        self._publish_diagnostics()
-
-    def _tell_once(self, what: str, text: str) -> None:
-        """Log `text` as an error unless `what` was told already and is not over yet."""
-        if what not in self._told:
-            self._told.add(what)
-            self.get_logger().error(text)
-
-    def _stuck_for(self) -> float:
-        """Seconds that the image or question under way has taken, if that is more than inference_timeout; else 0."""
-        seconds, timeout = self._worker.busy_for, self._config.inference_timeout
-        return seconds if timeout and seconds > timeout else 0.0
-
-    def _stuck(self) -> str:
-        return (
-            f"the image under way has not ended for {self._worker.busy_for:.0f} s (inference_timeout is "
-            f"{self._config.inference_timeout:g} s)"
-        )
-
-    def _publish_diagnostics(self) -> None:
-        level, message = self._status()
-        segmenter = self._pipeline.segmenter
-        memory = segmenter.device_memory if segmenter else None
-        values = {"state": self.state, "stage": self._stage or self._pipeline.stage}
-        values |= {
-            "model": segmenter.pair_name if segmenter else self._config.model,
-            "device": str(segmenter.device) if segmenter else "",
-            "precision": str(segmenter.dtype) if segmenter else "",
-            "operator": self._pipeline.operator,
-            "enabled": str(self._config.enabled).lower(),
-            "questions": str(self._questions.waiting),
-            "image_topic": self._images.topic,
-            "depth": self.resolve_topic_name("depth") if self._config.use_depth else "",
-            "memory_mb": f"{resident_bytes() / 1e6:.0f}",
-            "device_memory_mb": "" if memory is None else f"{memory / 1e6:.0f}",
-            "vocabulary": listed([name for name in self._config.vocabulary if name]),
-        }
-        self._diagnostics.publish(
-            diagnostics(
-                name=f"{self.get_fully_qualified_name().lstrip('/')}: segmentation",
-                hardware=values["device"],
-                level=level,
-                message=message,
-                values=values | self._health.figures(),
-                stamp=self.get_clock().now().to_msg(),
-            )
-        )
-
-    def _status(self) -> tuple[bytes, str]:
-        if self.transition_error:
-            return DiagnosticStatus.ERROR, self.transition_error
-        if self._stuck_for():
-            return DiagnosticStatus.ERROR, self._stuck()
-        if self.state != "active":
-            return DiagnosticStatus.OK, self.state
-        trouble = self._health.trouble() or self._namesake()
-        if trouble is not None:
-            return trouble
-        silence = self._images.silence()
-        if silence:
-            return DiagnosticStatus.WARN, silence
-        if self._fallen_back:
-            return DiagnosticStatus.WARN, self._fallen_back
-        if not self._config.enabled:
-            return DiagnosticStatus.OK, "disabled: ~/locate answers, nothing is published until ~/enable"
-        return DiagnosticStatus.OK, "active"
-
-    def _namesake(self) -> tuple[bytes, str] | None:
-        if not namesakes(self):
-            self._alone_at = time.monotonic()
-            self._told.discard("namesake")
-        if time.monotonic() - self._alone_at < NAMESAKE_WARNING:
-            return None
-        text = (
-            f"another node is called {self.get_fully_qualified_name()}: both publish on the same topics; start one of "
-            "them in a namespace of its own"
-        )
-        self._tell_once("namesake", text)
-        return DiagnosticStatus.WARN, text
+        stuck = self._watchdog.check()
+        if stuck and self._config.exit_when_stuck:
+            self.get_logger().fatal(f"{stuck}: the process ends, as exit_when_stuck says")
+            self.exit_code = STUCK_EXIT_CODE
+            self.context.try_shutdown()
+            return
+        self._questions.expire(self._config.inference_timeout)
+        self._diagnostics.publish()

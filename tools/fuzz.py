@@ -221,8 +221,8 @@ class Run:
         self._executor = SingleThreadedExecutor()
         self._executor.add_node(self._node)
         self._node.start()
-        if self._node.state != "active":
-            raise RuntimeError(self._node.transition_error)
+        if self._node.phase.state != "active":
+            raise RuntimeError(self._node.phase.error)
 
     def take(self, number: int) -> None:
         """Make message `number` and have the node take it."""
@@ -295,7 +295,7 @@ class Run:
         self._node._images.on_image(good)
         deadline = time.monotonic() + 60.0
         while self._figures()["images_segmented"] == figures["images_segmented"]:
-            if time.monotonic() > deadline or self._node.state != "active":
+            if time.monotonic() > deadline or self._node.phase.state != "active":
                 self._found(-1, "a good image at the end was not segmented")
                 break
             self._executor.spin_once(timeout_sec=0.05)

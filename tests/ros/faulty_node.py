@@ -2,7 +2,7 @@
 
 Reads a line of JSON at a time from standard input and answers "faults: ..." once it holds:
 {"clip": ["out of memory", 3]}: what happens at that place, and to how many of those who come by; {} ends all of it,
-hanging included. Says "fault at clip" each time. {"constants": {"nerve_ros.lifecycle.NAMESAKE_WARNING": 1.0}} sets
+hanging included. Says "fault at clip" each time. {"constants": {"nerve_ros.graph.NAMESAKE_WARNING": 1.0}} sets
 constants, {"pretend": "cuda:0"} has models loaded from now on say that they are there. Ends when standard input does.
 """
 

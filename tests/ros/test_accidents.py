@@ -60,7 +60,7 @@ def rig(new_rig, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(harness, "Node", FaultyNode)
         rig = new_rig(vocabulary=NAMES)
-    rig.node.fault(constants={"nerve_ros.lifecycle.NAMESAKE_WARNING": 2.0})
+    rig.node.fault(constants={"nerve_ros.graph.NAMESAKE_WARNING": 2.0})
     rig.listen("mask", "label_info", "diagnostics")
     rig.node.wait_active()
     return rig
@@ -160,7 +160,7 @@ def test_a_simulated_clock_may_be_missing_and_jump_back_and_forth(rig, clock):
 def test_two_nodes_of_one_name_both_say_so_until_one_is_gone(rig):
     since = rig.listener.mark()
     other = rig.keep(FaultyNode(rig.env, vocabulary=["mug"]))
-    other.fault(constants={"nerve_ros.lifecycle.NAMESAKE_WARNING": 2.0})
+    other.fault(constants={"nerve_ros.graph.NAMESAKE_WARNING": 2.0})
     for names in ("'ball', 'ladder'", "'mug'"):
         event = rig.listener.wait(
             "diagnostics",
