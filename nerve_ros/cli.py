@@ -126,7 +126,8 @@ def replay(
         _need_ros("nerve replay --live")
         from nerve_ros import live as with_node
 
-        chosen = {"model": model, "device": device, "precision": precision or "auto", "preset": preset}
+        chosen: dict[str, object] = {"model": model, "device": device}
+        chosen |= {"precision": precision or "auto", "preset": preset}
         if set_:
             raise ValueError("--set is not for --live: the node goes by its own parameters")
         if not start_node and (model, device, precision, preset) != (_MODEL, _DEVICE, None, _PRESET):

@@ -216,7 +216,8 @@ class _Camera:
         if self.model == "equidistant":
             return cv2.fisheye.undistortPoints(pixels[:, None], self.k, self.d)[:, 0]
         stop = (cv2.TERM_CRITERIA_COUNT | cv2.TERM_CRITERIA_EPS, 40, 1e-6)
-        return cv2.undistortPointsIter(pixels[:, None], self.k, self.d, None, None, stop)[:, 0]
+        same = np.eye(3)  # neither rotated nor projected again
+        return np.asarray(cv2.undistortPointsIter(pixels[:, None], self.k, self.d, same, same, stop))[:, 0]
 
 
 def _nanoseconds(header: Header) -> int:

@@ -64,5 +64,5 @@ def _message(header: Header, image: np.ndarray, encoding: str) -> Image:
         header=header, height=height, width=width, encoding=encoding, step=width * (image.size // (height * width))
     )
     # Assigning an ndarray to `data` makes rclpy look at every element: 123 ms for 2.8 MB, where this takes 0.06 ms.
-    message.data.frombytes(memoryview(np.ascontiguousarray(image)))
+    message.data.frombytes(np.ascontiguousarray(image).data)
     return message

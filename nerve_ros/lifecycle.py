@@ -13,6 +13,7 @@ import importlib
 import time
 import traceback
 from collections.abc import Callable
+from typing import TypeVar
 
 from rcl_interfaces.msg import SetParametersResult
 from rclpy.clock import Clock
@@ -45,6 +46,11 @@ VOCABULARY_QOS = QoSProfile(
     depth=1, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL
 )
 TEXT_QOS = QoSProfile(depth=10, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.VOLATILE)
+
+_CHANGE_STATE = "_LifecycleNodeMixin__change_state"
+"""rclpy's method behind every transition, private to its mixin."""
+
+Result = TypeVar("Result")
 
 
 class Interrupted(BaseException):
@@ -84,8 +90,8 @@ def _transition(doing: str, done: str) -> Callable:
 class NerveNode(LifecycleNode):
     """The lifecycle node `nerve`. Raises parameters.ParameterError where it is started with values it cannot use."""
 
-    def __init__(self, **kwargs: object) -> None:
-        super().__init__("nerve", **kwargs)
+    def __init__(self, *, parameter_overrides: list[Parameter] | None = None) -> None:
+        super().__init__("nerve", parameter_overrides=parameter_overrides)
         self.phase = Phase()
         self.exit_code = 0
         self._health = Health()
@@ -185,12 +191,12 @@ class NerveNode(LifecycleNode):
         self._health.reset()
         self.phase.fallen_back = ""
         try:
-            self._await(self._worker.submit(lambda: self._load(config, config.device)))
+            description = self._await(self._worker.submit(lambda: self._load(config, config.device)))
             self._pipeline.outputs = Outputs(self)
         except Exception:
             self._release()
             raise
-        self.get_logger().info(f"configured: {self._pipeline.segmenter.description}")
+        self.get_logger().info(f"configured: {description}")
 
     @_transition("activating", "active")
     def on_activate(self, state: LifecycleState) -> None:
@@ -228,7 +234,7 @@ class NerveNode(LifecycleNode):
     # answer and the executor stopped. Later releases do what this does.
     def _LifecycleNodeMixin__change_state(self, transition_id: int) -> TransitionCallbackReturn:
         try:
-            return super()._LifecycleNodeMixin__change_state(transition_id)
+            return getattr(super(), _CHANGE_STATE)(transition_id)
         except Exception as error:
             self.get_logger().error(f"transition {transition_id} is not possible while {self.phase.state}: {error}")
             return TransitionCallbackReturn.ERROR
@@ -241,11 +247,13 @@ class NerveNode(LifecycleNode):
             settle(question.answer, not_located("the node was deactivated"))
         self._images.close()
 
-    def _load(self, config: NodeConfig, device: str) -> None:
-        self._pipeline.load(config, device)
+    def _load(self, config: NodeConfig, device: str) -> str:
+        """Load the model pair and prepare the vocabulary; the pair's description for the log."""
+        description = self._pipeline.load(config, device)
         self._worker.prepare_now()
         if config.warm_up:
             self._pipeline.warm_up()
+        return description
 
     def _unload(self) -> None:
         self._worker.forget()
@@ -257,7 +265,7 @@ class NerveNode(LifecycleNode):
             self._pipeline.outputs.destroy()
             self._pipeline.outputs = None
 
-    def _await(self, future: concurrent.futures.Future) -> object:
+    def _await(self, future: concurrent.futures.Future[Result]) -> Result:
         """The result of a job on the worker's thread; tells how far it is while it lasts."""
         started = time.monotonic()
         told = published = 0
@@ -306,7 +314,8 @@ class NerveNode(LifecycleNode):
     # On the worker's thread.
 
     def _too_often_out_of_memory(self) -> None:
-        if self._config.on_out_of_memory == "cpu" and self._pipeline.segmenter.device.type != "cpu":
+        segmenter = self._pipeline.segmenter
+        if self._config.on_out_of_memory == "cpu" and segmenter is not None and segmenter.device.type != "cpu":
             self._worker.submit(self._fall_back)
         else:
             self._on_executor(lambda: self._give_up(f"out of memory {OUT_OF_MEMORY_LIMIT} times in a row: deactivated"))
@@ -316,7 +325,7 @@ class NerveNode(LifecycleNode):
         self.get_logger().error(f"out of memory {OUT_OF_MEMORY_LIMIT} times in a row: loading the models on the CPU")
         try:
             self._unload()
-            self._load(self._config, "cpu")
+            description = self._load(self._config, "cpu")
         except Exception as error:
             self._failed(error)
             reason = f"the models could not be loaded on the CPU: {error}"
@@ -324,7 +333,7 @@ class NerveNode(LifecycleNode):
             return
         finally:
             self._pipeline.stage = ""
-        self.get_logger().warning(f"{self.phase.fallen_back}; {self._pipeline.segmenter.description}")
+        self.get_logger().warning(f"{self.phase.fallen_back}; {description}")
 
     def _on_executor(self, do: Callable[[], None]) -> None:
         if self.executor is not None:

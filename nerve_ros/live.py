@@ -36,7 +36,7 @@ from nerve_ros.demo.player import CAMERA, Player, PlayerError
 from nerve_ros.demo.processes import Child, environment, node_command, own_domain
 from nerve_ros.demo.schedule import Asking
 from nerve_ros.images import rgb8_message
-from nerve_ros.parameters import FIELDS, NodeConfig, entries
+from nerve_ros.parameters import FIELDS, NodeConfig, entries, from_ros
 
 if TYPE_CHECKING:
     from nerve_core.segmenter import Segmentation, Segmenter
@@ -68,7 +68,7 @@ class Rig:
     namespace: str = "/"
     rate: float = 1.0
     pid: int = 0
-    start: dict[str, Any] | None = None
+    start: dict[str, object] | None = None
 
     def __post_init__(self) -> None:
         if not 0.01 <= self.rate <= 100.0:
@@ -193,15 +193,14 @@ class LivePlayer(Player):
         client = AsyncParameterClient(self._node, NODE)
         if not client.wait_for_services(THERE):
             raise LiveError(f"the node {NODE} does not tell its parameters")
-        told = client.get_parameters(list(FIELDS))
+        asked = client.get_parameters(list(FIELDS))
         deadline = time.monotonic() + THERE
-        while not told.done():
+        while (answer := asked.result() if asked.done() else None) is None:
             if time.monotonic() > deadline:
                 raise LiveError(f"the node {NODE} gave no answer about its parameters within {THERE:.0f} s")
             time.sleep(0.01)
-        values = [parameter_value_to_python(value) for value in told.result().values]
-        plain = [value if isinstance(value, str | bool | int | float) else tuple(value) for value in values]
-        return NodeConfig(**dict(zip(FIELDS, plain, strict=True)))
+        values = [parameter_value_to_python(value) for value in answer.values]
+        return from_ros(dict(zip(FIELDS, values, strict=True)))
 
     def play_bag(self, bag: Bag, selection: Selection, played: Played, check: Callable[[], None]) -> None:
         """Publish every image at its time, with its own stamp, and /clock. check: called before each; may raise."""

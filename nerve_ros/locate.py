@@ -11,6 +11,7 @@ from typing import Any
 import cv2
 import numpy as np
 import rclpy
+from rclpy.client import Client
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.validate_namespace import validate_namespace
@@ -39,7 +40,7 @@ def ask(name: str, *, namespace: str, wait: float, mask: Path | None) -> dict[st
 
 
 def _ask(node: Node, service: str, name: str, wait: float, mask: Path | None) -> dict[str, Any]:
-    client = node.create_client(Locate, service)
+    client: Client[Locate.Request, Locate.Response] = node.create_client(Locate, service)
     if not client.wait_for_service(wait):
         domain = os.environ.get("ROS_DOMAIN_ID", "0")
         raise RuntimeError(f"nobody answers {service} in domain {domain}: start the node, or name its --namespace")
@@ -48,9 +49,9 @@ def _ask(node: Node, service: str, name: str, wait: float, mask: Path | None) ->
     started = time.monotonic()
     future = client.call_async(Locate.Request(name=name, want_mask=mask is not None))
     executor.spin_until_future_complete(future, wait)
-    if not future.done():
+    answer = future.result() if future.done() else None
+    if answer is None:
         raise RuntimeError(f"{service} gave no answer within {wait:g} s; what the node is doing is in its log")
-    answer = future.result()
     if not answer.success:
         raise RuntimeError(f"no image was searched: {answer.message}")
     if mask is not None:

@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -20,7 +19,7 @@ THROTTLE = 5.0
 """Seconds between two log lines about errors in callbacks."""
 
 
-def main(args: Sequence[str] | None = None) -> int:
+def main(args: list[str] | None = None) -> int:
     """Run the node until SIGINT or SIGTERM, then end the process.
 
     Its exit code is 0, 2 where the node cannot be started as asked, or 70 where it was stuck (exit_when_stuck).

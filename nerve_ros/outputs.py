@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 from builtin_interfaces.msg import Time
 from rclpy.event_handler import PublisherEventCallbacks
-from rclpy.lifecycle import LifecycleNode
+from rclpy.lifecycle import LifecycleNode, LifecyclePublisher
 from rclpy.publisher import Publisher
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import Image, RegionOfInterest
@@ -74,7 +74,7 @@ class Outputs:
     """The publishers of a configured node. All but the making and `destroy` is called by one thread, the worker's."""
 
     def __init__(self, node: LifecycleNode) -> None:
-        def publisher(kind: type, topic: str, qos: QoSProfile = OUTPUT_QOS):
+        def publisher(kind: type, topic: str, qos: QoSProfile = OUTPUT_QOS) -> LifecyclePublisher:
             name = topic if topic.startswith("~") else f"segmentation/{topic}"
             return node.create_lifecycle_publisher(kind, name, qos)
 
@@ -92,8 +92,8 @@ class Outputs:
         """Give the publishers back; this object is of no use afterwards."""
         for publisher in (self._label_info, self._mask, self._confidence, self._classes, self._overlay, self._dense):
             self._node.destroy_lifecycle_publisher(publisher)
-        for _, publisher in self._maps.values():
-            self._node.destroy_publisher(publisher)
+        for _, topic in self._maps.values():
+            self._node.destroy_publisher(topic)
 
     def label_info(self, labels: Labels, background_name: str, threshold: float, stamp: Time) -> bool:
         """Publish the LabelInfo of `labels`, unless it says what the last one said.
@@ -173,5 +173,5 @@ class Outputs:
             return
         height, width = planes.shape[1:]
         message = DenseConfidence(header=header, height=height, width=width, names=labels.names, ids=labels.ids)
-        message.data.frombytes(memoryview(planes).cast("B"))
+        message.data.frombytes(planes.data.cast("B"))
         self._dense.publish(message)

@@ -335,7 +335,7 @@ def _ros_type(default: object) -> Parameter.Type:
         return Parameter.Type.DOUBLE
     if isinstance(default, str):
         return Parameter.Type.STRING
-    whole = bool(default) and all(isinstance(value, int) for value in default)
+    whole = isinstance(default, tuple) and bool(default) and all(isinstance(value, int) for value in default)
     return Parameter.Type.INTEGER_ARRAY if whole else Parameter.Type.STRING_ARRAY
 
 
@@ -380,8 +380,13 @@ def declare(node: Node) -> NodeConfig:
             ) from error
         except InvalidParameterValueException as error:
             raise ParameterError(str(error)) from error
-        values[field.name] = _from_ros(declared.value)
-    return NodeConfig(**values)
+        values[field.name] = declared.value
+    return from_ros(values)
+
+
+def from_ros(values: Mapping[str, Any]) -> NodeConfig:
+    """The parameters of these values, as rclpy gives them, by name. Raises ParameterError where one breaks a rule."""
+    return NodeConfig(**{name: _from_ros(value) for name, value in values.items()})
 
 
 def unknown_overrides(names: Iterable[str]) -> list[str]:

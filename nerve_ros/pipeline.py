@@ -79,6 +79,14 @@ class Question:
     answer: Future[Locate.Response]
 
 
+@dataclass(frozen=True)
+class Model:
+    """A loaded model pair, and the settings that it came with."""
+
+    segmenter: Segmenter
+    settings: Settings
+
+
 @dataclass
 class Seen:
     """The newest image that could be read, and what was worked out of it so far."""
@@ -110,26 +118,40 @@ class Pipeline:
         self._log, self._clock, self._health = log, clock, health
         self._config, self._publishing = config, publishing
         self._too_often_out_of_memory = too_often_out_of_memory
-        self.segmenter: Segmenter | None = None
+        self._model: Model | None = None
         self.outputs: Outputs | None = None
         self.stage = self.operator = ""
-        self._pair_settings: Settings | None = None
         self._applied: NodeConfig | None = None
         self._seen: Seen | None = None
         self._unseen = ""
         self._out_of_memory_in_a_row = 0
         self._untold = True
 
+    @property
+    def segmenter(self) -> Segmenter | None:
+        """None while no model pair is loaded."""
+        model = self._model
+        return None if model is None else model.segmenter
+
+    @property
+    def _loaded(self) -> Model:
+        if self._model is None:
+            raise RuntimeError("no model pair is loaded")
+        return self._model
+
     # Loading.
 
-    def load(self, config: NodeConfig, device: str) -> None:
-        """Load the model pair that `config` names on `device`. Raises ModelError, ValueError or RuntimeError."""
+    def load(self, config: NodeConfig, device: str) -> str:
+        """Load the model pair that `config` names on `device`; returns its description, one line for a log.
+
+        Raises ModelError, ValueError or RuntimeError.
+        """
         from nerve_core import Segmenter
         from nerve_core.models.loading import quiet_libraries
 
         quiet_libraries()
         self.stage = f"loading model pair '{config.model}'"
-        self.segmenter = Segmenter.from_pretrained(
+        segmenter = Segmenter.from_pretrained(
             config.model,
             device=device,
             dtype=None if config.precision == "auto" else config.precision,
@@ -140,21 +162,22 @@ class Pipeline:
             settings=config.load_settings(),
             compile=config.compile,
         )
-        self._pair_settings = self.segmenter.settings
+        self._model = Model(segmenter, segmenter.settings)
         self._out_of_memory_in_a_row = 0
         self.stage = "embedding the vocabulary"
+        return segmenter.description
 
     def warm_up(self) -> None:
         """Run one image through the models, so that the first real one is not slow."""
         self.stage = "warming up"
-        self.segmenter.warm_up()
+        self._loaded.segmenter.warm_up()
 
     def unload(self) -> None:
         """Give the models' memory back."""
         self.forget("the model is not loaded")
-        if self.segmenter is not None:
-            self.segmenter.close()
-        self.segmenter = self._pair_settings = self._applied = None
+        if self._model is not None:
+            self._model.segmenter.close()
+        self._model = self._applied = None
 
     def forget(self, reason: str) -> None:
         """Forget the image that was seen last; `reason` is why none can be searched until another comes."""
@@ -164,7 +187,7 @@ class Pipeline:
 
     def prepare(self, request: Request) -> Generator[None, None, Snapshot]:
         """The snapshot of `request`, in steps between which images can be worked on."""
-        embeddings = yield from self.segmenter.embed_steps(request.vocabulary)
+        embeddings = yield from self._loaded.segmenter.embed_steps(request.vocabulary)
         return Snapshot(request, embeddings, request.labels.id_table())
 
     def tell_labels(self, snapshot: Snapshot | None) -> None:
@@ -179,7 +202,7 @@ class Pipeline:
         request.shown |= self.outputs.label_info(
             request.labels,
             request.config.background_name,
-            self.segmenter.settings.readout.threshold,
+            self._loaded.segmenter.settings.readout.threshold,
             self._clock.now().to_msg(),
         )
         self.outputs.confidence_topics(request.labels, config.dense_names())
@@ -189,11 +212,12 @@ class Pipeline:
         """Have the segmenter go by the settings of `config` that may change between images; whether any changed."""
         if config is self._applied:
             return False
-        settings = self._pair_settings.replaced(config.frame_settings())
-        different = settings != self.segmenter.settings or (
+        model = self._loaded
+        settings = model.settings.replaced(config.frame_settings())
+        different = settings != model.segmenter.settings or (
             self._applied is not None and config.confidence_classes != self._applied.confidence_classes
         )
-        self.segmenter.settings, self._applied = settings, config
+        model.segmenter.settings, self._applied = settings, config
         return different
 
     # Images.
@@ -240,8 +264,10 @@ class Pipeline:
             self._health.dropped()
             self._seen = seen
             return
+        if self.outputs is None:
+            raise RuntimeError("the node is not configured")
         wanted = self.outputs.wanted_maps(snapshot.request.labels)
-        self._segment(seen, wanted)
+        segmentation = self._segment(seen, wanted)
         computed = time.perf_counter()
         self._out_of_memory_in_a_row = 0
         self._seen = seen
@@ -249,7 +275,7 @@ class Pipeline:
             self._health.dropped()
             return
         self.outputs.image(
-            header, seen.segmentation, snapshot.request.labels, snapshot.id_table, image, config.overlay_alpha, wanted
+            header, segmentation, snapshot.request.labels, snapshot.id_table, image, config.overlay_alpha, wanted
         )
         published = time.perf_counter()
         self._health.segmented(
@@ -257,23 +283,29 @@ class Pipeline:
             now=self._clock.now().nanoseconds * 1e-9,
             latency=time.monotonic() - frame.arrived,
             stages_ms={
-                **seen.segmentation.timings,
+                **segmentation.timings,
                 "convert": 1e3 * (converted - started),
                 "infer": 1e3 * (computed - converted),
                 "publish": 1e3 * (published - computed),
             },
         )
 
-    def _segment(self, seen: Seen, maps: tuple[int, ...] = ()) -> None:
+    def _segment(self, seen: Seen, maps: tuple[int, ...] = ()) -> Segmentation:
         from nerve_core.segmenter import unlabelled
 
+        height, width = seen.image.shape[:2]
         if not seen.snapshot.embeddings.names:
-            seen.segmentation = unlabelled(seen.image.shape[:2])
-            return
-        if seen.encoded is None:
-            seen.encoded = self.segmenter.encode(seen.image)
-        seen.segmentation = self.segmenter.segment(seen.encoded, seen.snapshot.embeddings, maps=maps)
+            seen.segmentation = unlabelled((height, width))
+            return seen.segmentation
+        encoded = self._encode(seen)
+        seen.segmentation = self._loaded.segmenter.segment(encoded, seen.snapshot.embeddings, maps=maps)
         self.operator = seen.segmentation.operator
+        return seen.segmentation
+
+    def _encode(self, seen: Seen) -> EncodedImage:
+        if seen.encoded is None:
+            seen.encoded = self._loaded.segmenter.encode(seen.image)
+        return seen.encoded
 
     def _out_of_memory(self, error: Exception) -> None:
         self._health.failed(f"{error}: image dropped")
@@ -304,17 +336,14 @@ class Pipeline:
         serving = seen.snapshot.request.vocabulary
         label = label_of(wanted, serving)
         if label is not None:
-            if seen.segmentation is None:
-                self._segment(seen)
-            segmentation = seen.segmentation
+            segmentation = self._segment(seen) if seen.segmentation is None else seen.segmentation
         else:
             # What the robot looks for anyway competes with it for the pixels, as it would within the vocabulary.
             competing, label = beside(wanted, serving)
-            if seen.encoded is None:
-                seen.encoded = self.segmenter.encode(seen.image)
-            embeddings = self.segmenter.embed(competing)
-            segmentation = self.segmenter.segment(seen.encoded, embeddings, follow=False)
-        mask = cv2.compare(segmentation.labels, label, cv2.CMP_EQ)
+            encoded = self._encode(seen)
+            embeddings = self._loaded.segmenter.embed(competing)
+            segmentation = self._loaded.segmenter.segment(encoded, embeddings, follow=False)
+        mask = np.asarray(cv2.compare(segmentation.labels, np.array([label], np.uint8), cv2.CMP_EQ))
         found, header = segmentation.class_confidence[label - 1], seen.frame.message.header
         return located(header, found, mask, seen.frame.match, want_mask=want_mask)
 

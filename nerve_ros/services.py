@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from geometry_msgs.msg import Point as PointMessage
@@ -23,6 +23,9 @@ from nerve_ros.srv import Locate
 if TYPE_CHECKING:
     from nerve_core import ClassConfidence
 
+Request = TypeVar("Request")
+Response = TypeVar("Response")
+
 _ASKED_AT_ONCE = QoSProfile(depth=100, reliability=ReliabilityPolicy.RELIABLE)
 """A service's own depth is 10: of more requests at a time some would be lost, and never answered."""
 _NOWHERE = (math.nan, math.nan, math.nan)
@@ -30,34 +33,45 @@ NO_DEPTH = "there is no point: use_depth is false"
 
 
 def create_deferred_service(
-    node: Node, kind: type, name: str, ask: Callable[[object], Future], lost: Callable[[Exception], None]
-) -> Service:
+    node: Node,
+    kind: type,
+    name: str,
+    ask: Callable[[Request], Future[Response]],
+    lost: Callable[[Exception], None],
+) -> Service[Request, Response | Future[Response]]:
     """A service whose answers come when they are ready: `ask(request)` returns a Future of the response.
 
     rclpy can wait for an answer in a coroutine, but then looks at it without pause, on a whole processor core. Here the
     executor sends it when it is there. `lost(error)`: it could not be sent.
     """
-    service = node.create_service(kind, name, lambda request, response: ask(request), qos_profile=_ASKED_AT_ONCE)
+
+    def begin(request: Request, response: Response | Future[Response]) -> Response | Future[Response]:
+        return ask(request)
+
+    service: Service[Request, Response | Future[Response]] = node.create_service(
+        kind, name, begin, qos_profile=_ASKED_AT_ONCE
+    )
     send_now = service.send_response
 
-    def send(answer: Future, header: object) -> None:
+    def send(answer: Future[Response], header: Any) -> None:
         def on_executor() -> None:
             try:
                 send_now(answer.result(), header)
             except Exception as error:
                 lost(error)
 
-        def when_done(answer: Future) -> None:
+        def when_done(answer: Future[Response]) -> None:
             if node.context.ok() and node.executor is not None:
                 node.executor.create_task(on_executor)
 
         answer.add_done_callback(when_done)
 
-    service.send_response = send
+    # On this one object: the executor calls it with whatever `begin` returned.
+    vars(service)["send_response"] = send
     return service
 
 
-def settle(answer: Future, response: object) -> bool:
+def settle(answer: Future[Response], response: Response) -> bool:
     """Give `answer` its value, unless it has one already; whether it was given."""
     try:
         answer.set_result(response)

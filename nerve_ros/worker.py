@@ -178,7 +178,7 @@ class Worker(Generic[Image, Request, Snapshot, Question]):
 
     def stack(self) -> str:
         """Where the thread is now, as a traceback's text."""
-        frame = sys._current_frames().get(self._thread.ident)
+        frame = sys._current_frames().get(self._thread.ident or 0)
         return "".join(traceback.format_stack(frame)) if frame is not None else "the thread has ended"
 
     def close(self, timeout: float) -> bool:
@@ -224,12 +224,7 @@ class Worker(Generic[Image, Request, Snapshot, Question]):
     # The thread.
 
     def _run(self) -> None:
-        while True:
-            with self._wake:
-                while not self._closing and (work := self._next()) is None:
-                    self._wake.wait(self._pause_before_image())
-                if self._closing:
-                    return
+        while (work := self._wait()) is not None:
             if work != self._job:
                 self._busy_since = time.monotonic()
             try:
@@ -237,6 +232,16 @@ class Worker(Generic[Image, Request, Snapshot, Question]):
             except Exception as error:
                 self._failed(error)
             self._busy_since = None
+
+    def _wait(self) -> Callable[[], None] | None:
+        """What there is to do, as soon as there is something; None where the thread is to end."""
+        with self._wake:
+            while not self._closing:
+                work = self._next()
+                if work is not None:
+                    return work
+                self._wake.wait(self._pause_before_image())
+        return None
 
     def _next(self) -> Callable[[], None] | None:
         if self._jobs:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import threading
 import time
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import rclpy
 from diagnostic_msgs.msg import DiagnosticArray
 from lifecycle_msgs.srv import GetState
+from rclpy.client import Client
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 from rclpy.signals import SignalHandlerOptions
+from rclpy.task import Future
 from sensor_msgs.msg import Image
 from std_msgs.msg import Header
 from vision_msgs.msg import LabelInfo
@@ -72,7 +75,7 @@ class Collector:
         rclpy.init(args=[], signal_handler_options=SignalHandlerOptions.NO)
         self._lock = threading.Lock()
         self._heard = Heard()
-        self._asked_state = None
+        self._asked_state: Future[GetState.Response] | None = None
         self._node = rclpy.create_node("nerve_demo", namespace=namespace)
         self._named = f"{namespace.strip('/')}/{NODE}:".lstrip("/")
         subscribe = self._node.create_subscription
@@ -81,7 +84,9 @@ class Collector:
         subscribe(ClassConfidenceArray, "segmentation/class_confidence", self._on_classes, _DEEP)
         subscribe(LabelInfo, "segmentation/label_info", self._on_label_info, _LATCHED)
         subscribe(DiagnosticArray, "/diagnostics", self._on_diagnostics, _DEEP)
-        self._get_state = self._node.create_client(GetState, f"{NODE}/get_state")
+        self._get_state: Client[GetState.Request, GetState.Response] = self._node.create_client(
+            GetState, f"{NODE}/get_state"
+        )
         self._node.create_timer(0.25, self._ask_state)
         self._spinning = Spinning(self._node)
 
@@ -101,28 +106,34 @@ class Collector:
             self._asked_state = self._get_state.call_async(GetState.Request())
         elif self._asked_state is not None and self._asked_state.done():
             answer, self._asked_state = self._asked_state.result(), None
-            with self._lock:
-                self._heard.state = answer.current_state.label
+            if answer is not None:
+                with self._lock:
+                    self._heard.state = answer.current_state.label
 
-    def _note(self, header: Header, **values: object) -> None:
+    def _note(self, header: Header, change: Callable[[Answer], Answer]) -> None:
+        """Change what is known of the image with this header; `change` is called with the lock held."""
         stamp = header.stamp.sec * 10**9 + header.stamp.nanosec
         with self._lock:
-            before = self._heard.answers.get(stamp) or Answer(stamp)
-            if "mask" in values:
-                values["known"] = frozenset(self._heard.classes)
-            self._heard.answers[stamp] = replace(before, **values)
+            self._heard.answers[stamp] = change(self._heard.answers.get(stamp) or Answer(stamp))
 
     def _on_mask(self, message: Image) -> None:
         arrived = time.monotonic()
         # A mask is a few areas of equal bytes: packed it takes a hundredth of its space.
         packed = zlib.compress(memoryview(message.data), 1)
-        self._note(message.header, arrived=arrived, size=(message.height, message.width), mask=packed)
+        size = message.height, message.width
+
+        def change(answer: Answer) -> Answer:
+            return replace(answer, arrived=arrived, size=size, mask=packed, known=frozenset(self._heard.classes))
+
+        self._note(message.header, change)
 
     def _on_confidence(self, message: Image) -> None:
-        self._note(message.header, confidence_size=(message.height, message.width))
+        size = message.height, message.width
+        self._note(message.header, lambda answer: replace(answer, confidence_size=size))
 
     def _on_classes(self, message: ClassConfidenceArray) -> None:
-        self._note(message.header, classes={entry.id: entry.name for entry in message.classes})
+        classes = {entry.id: entry.name for entry in message.classes}
+        self._note(message.header, lambda answer: replace(answer, classes=classes))
 
     def _on_label_info(self, message: LabelInfo) -> None:
         with self._lock:

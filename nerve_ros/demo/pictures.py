@@ -39,7 +39,7 @@ def write_video(
     path.unlink(missing_ok=True)
     first = draw(recording, asked, segmented[0])
     size = first.shape[1::-1]
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), 1 / recording.interval, size)
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), 1 / recording.interval, size)
     if not writer.isOpened():
         raise RuntimeError(f"OpenCV {cv2.__version__} cannot write the video {path}: its mp4v codec is missing")
     try:
@@ -73,8 +73,8 @@ def draw(recording: Recording, asked: Sequence[Asked], seen: Segmented) -> np.nd
     A class has the colour of its id, which it keeps while the node lives.
     """
     image = np.ascontiguousarray(recording.image(seen.published.index)[..., ::-1])
-    names = [""] * max(seen.answer.classes, default=0)
-    for number, name in seen.answer.classes.items():
+    names = [""] * max(seen.classes, default=0)
+    for number, name in seen.classes.items():
         names[number - 1] = name
     picture = overlay(image, seen.answer.labels, names)
     return np.vstack([picture, _bar(picture.shape[1], recording, asked, seen)])

@@ -144,7 +144,7 @@ class Player:
 def _image_message(header: Header, image: np.ndarray) -> Image:
     height, width = image.shape[:2]
     message = Image(header=header, height=height, width=width, encoding="bgr8", step=3 * width)
-    message.data.frombytes(memoryview(image))
+    message.data.frombytes(image.data)
     return message
 
 

@@ -100,7 +100,9 @@ class Child:
         return self._process.poll()
 
     def say(self, line: str) -> None:
-        """Write a line to its standard input; in vain where it has ended."""
+        """Write a line to its standard input; in vain where it has ended. Raises ValueError unless it `talks`."""
+        if self._process.stdin is None:
+            raise ValueError(f"{self.name} was not started to be talked to")
         with suppress(OSError):
             self._process.stdin.write(line.encode() + b"\n")
             self._process.stdin.flush()
@@ -145,7 +147,7 @@ class Child:
             os.killpg(self._process.pid, number)
 
     def _read(self) -> None:
-        for line in self._process.stdout:
+        for line in self._process.stdout or ():
             self._lines.append(line.decode(errors="replace").rstrip("\n"))
 
 

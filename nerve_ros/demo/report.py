@@ -44,6 +44,11 @@ class Segmented:
     vocabulary: int
 
     @property
+    def classes(self) -> dict[int, str]:
+        """Names by class id."""
+        return self.answer.classes or {}
+
+    @property
     def age(self) -> float:
         """Seconds from the image's publishing to its mask's arrival."""
         return self.answer.arrived - self.published.time
@@ -76,8 +81,8 @@ class Report:
     frames_dropped: int
     frames_received: int | None
     frames_per_second: float
-    age_p50_ms: float
-    age_p95_ms: float
+    age_p50_ms: float | None
+    age_p95_ms: float | None
     miou: float | None
     iou: dict[str, float]
     vocabularies: tuple[VocabularyReport, ...]
@@ -135,12 +140,12 @@ def make_report(
         truth = recording.labels(seen.published.index)
         matrices[seen.vocabulary].add(
             wanted_truth(truth, recording.names, asked[seen.vocabulary].names, index),
-            _by_index(mask, seen.answer.classes, index),
+            _by_index(mask, seen.classes, index),
         )
-        allowed = {0, *seen.answer.classes} if seen.answer.classes else {UNLABELLED}
+        allowed = {0, *seen.classes} if seen.classes else {UNLABELLED}
         counts = np.bincount(mask.ravel(), minlength=256)
         foreign += int(counts.sum() - counts[sorted(allowed)].sum())
-    everything = ConfusionMatrix(sum(matrix.counts for matrix in matrices))
+    everything = ConfusionMatrix(np.sum([matrix.counts for matrix in matrices], axis=0))
     names = {number: name for name, number in reversed(index.items())}
     ages = [1e3 * seen.age for seen in segmented]
     p50, p95 = np.percentile(ages, (50, 95)) if ages else (math.nan, math.nan)
@@ -167,7 +172,7 @@ def make_report(
         stage_ms=_stages(diagnostics, "p50"),
         stage_p95_ms=_stages(diagnostics, "p95"),
         foreign_pixels=foreign,
-        unannounced_masks=sum(not set(seen.answer.classes) <= seen.answer.known for seen in segmented),
+        unannounced_masks=sum(not set(seen.classes) <= seen.answer.known for seen in segmented),
         incomplete=sum(not seen.answer.complete for seen in segmented),
     )
 

@@ -267,8 +267,8 @@ def show(console: Console, report: Report, figures: Mapping[str, object], record
     table.add_row("frames in", str(report.frames_in), "")
     table.add_row("segmented", str(report.frames_segmented), f"{report.frames_per_second:.1f} a second")
     table.add_row("dropped", str(report.frames_dropped), "made way for newer ones" if report.frames_dropped else "")
-    table.add_row("age p50", f"{report.age_p50_ms:.0f} ms", "from the image's publishing to its mask's arrival")
-    table.add_row("age p95", f"{report.age_p95_ms:.0f} ms", "")
+    table.add_row("age p50", _milliseconds(report.age_p50_ms), "from the image's publishing to its mask's arrival")
+    table.add_row("age p95", _milliseconds(report.age_p95_ms), "")
     table.add_row("mIoU", _share(report.miou), "of what was asked for, against the bag's labels")
     console.print(table)
     console.print()
@@ -291,7 +291,7 @@ def show(console: Console, report: Report, figures: Mapping[str, object], record
         asked.add_row(
             f"{vocabulary.asked_at_s:.1f} s",
             ", ".join(vocabulary.names),
-            "-" if after is None else f"{after:.0f} ms",
+            _milliseconds(after),
             str(vocabulary.frames),
             _share(vocabulary.miou),
         )
@@ -300,6 +300,10 @@ def show(console: Console, report: Report, figures: Mapping[str, object], record
     for name in ("contact_sheet", "video"):
         # As it is, so that a terminal can follow it.
         console.print(f"[bold]{name.replace('_', ' '):14}[/]{figures[name]}", soft_wrap=True)
+
+
+def _milliseconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0f} ms"
 
 
 def _share(value: float | None) -> str:
