@@ -14,7 +14,7 @@ import torch
 
 from nerve_core import Segmenter, Vocabulary
 
-from .frame import Task, names, picture
+from .task import Task, names, picture
 
 
 def run_checks(task: Task) -> dict[str, Any]:

@@ -20,8 +20,9 @@ from rich.console import Console
 from nerve_core.models.loading import quiet_libraries
 
 from .ceiling import ceiling
-from .frame import Task, compare, measure_apart
+from .frame import compare, measure_apart
 from .random_pair import write_random_pair
+from .task import Task
 from .walk import compare_walks
 
 console = Console(stderr=True)

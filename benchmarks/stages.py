@@ -25,7 +25,7 @@ from nerve_core.readout import read_out
 from nerve_core.settings import Settings
 
 from .ceiling import ceiling, least_seconds
-from .frame import names, picture
+from .task import names, picture
 
 SIZE = (480, 640)
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from nerve_benchmarks.frame import names, picture
 from nerve_benchmarks.plain_frame import PlainNerve
 from nerve_benchmarks.random_pair import ARCHITECTURES, Architecture, write_random_pair
+from nerve_benchmarks.task import names, picture
 from nerve_core import Segmenter, Vocabulary
 from nerve_core.models.pairs import find_pair, pair_names
 
