@@ -9,6 +9,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -25,7 +26,7 @@ def ceiling(device: str) -> dict[str, float]:
     found = {}
     for dtype in (torch.float32, torch.bfloat16, *([torch.float16] if kind == "cuda" else [])):
         a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-        seconds = least_seconds(lambda a=a, b=b: a @ b, kind)
+        seconds = least_seconds(partial(torch.matmul, a, b), kind)
         found[f"{str(dtype).removeprefix('torch.')} GFLOP/s"] = 2 * side**3 / seconds / 1e9
     source, target = (torch.ones(COPY_BYTES // 4, device=device) for _ in range(2))
     found["copy GB/s"] = 2 * COPY_BYTES / least_seconds(lambda: target.copy_(source), kind) / 1e9

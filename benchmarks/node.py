@@ -18,12 +18,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
+from unittest.mock import patch
 
 import numpy as np
 import typer
 from rich.console import Console
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from rclpy.subscription import MessageInfo
 
 SIZES = ((640, 480), (1920, 1080), (3840, 2160))
 TARGETS_MS = {(640, 480): 2.0, (1920, 1080): 6.0}
@@ -66,13 +70,16 @@ class Child:
                 stderr=written,
                 text=True,
             )
+        assert self.process.stdin is not None  # it is a pipe, as the next one is
+        assert self.process.stdout is not None
+        self._stdin, self._stdout = self.process.stdin, self.process.stdout
         self.log = log
         self._answers: list[dict[str, Any]] = []
         self._news = threading.Condition()
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
-        for line in self.process.stdout:
+        for line in self._stdout:
             with suppress(ValueError), self._news:
                 self._answers.append(json.loads(line))
                 self._news.notify_all()
@@ -81,8 +88,8 @@ class Child:
         """Its answer to one line of JSON. Raises RuntimeError where none comes."""
         with self._news:
             self._answers.clear()
-            self.process.stdin.write(json.dumps(command) + "\n")
-            self.process.stdin.flush()
+            self._stdin.write(json.dumps(command) + "\n")
+            self._stdin.flush()
             if not self._news.wait_for(lambda: self._answers, PATIENCE):
                 raise RuntimeError(f"no answer to {command}; the end of its log:\n{self.last_lines()}")
             return self._answers.pop()
@@ -94,7 +101,7 @@ class Child:
     def close(self) -> None:
         """Ask it to end and wait until it has; killed only where it does not."""
         with suppress(OSError):
-            self.process.stdin.close()
+            self._stdin.close()
         self.process.terminate()
         try:
             self.process.wait(30.0)
@@ -122,7 +129,6 @@ def recorded_node() -> int:
         workers.append(threading.get_native_id())
         run(self)
 
-    health.Health.segmented, worker.Worker._run = record, named
     output = os.dup(1)
     os.dup2(2, 1)  # the log goes with the errors, what is told here is read by a program
 
@@ -136,7 +142,8 @@ def recorded_node() -> int:
             os.write(output, (json.dumps(told) + "\n").encode())
 
     threading.Thread(target=answer, daemon=True).start()
-    return node.main()
+    with patch.object(health.Health, "segmented", record), patch.object(worker.Worker, "_run", named):
+        return node.main()
 
 
 def camera() -> int:
@@ -177,7 +184,8 @@ def camera() -> int:
         else:
             seconds = time.monotonic() - started
             stop.set()
-            thread.join()
+            if thread is not None:
+                thread.join()
             told = {"sent": sent, "rate": sent / seconds}
         print(json.dumps(told), flush=True)
     rclpy.try_shutdown()
@@ -198,7 +206,7 @@ def serialized_scene(seed: int, size: tuple[int, int], encoding: str) -> bytearr
         made.data.frombytes(cv2.imencode(f".{encoding}", image[..., ::-1])[1].tobytes())
     else:
         made = Image(height=size[1], width=size[0], encoding=encoding, step=3 * size[0])
-        made.data.frombytes(memoryview(np.ascontiguousarray(image if encoding == "rgb8" else image[..., ::-1])))
+        made.data.frombytes(np.ascontiguousarray(image if encoding == "rgb8" else image[..., ::-1]).data)
     made.header.frame_id = "camera"
     return bytearray(serialize_message(made))
 
@@ -230,7 +238,7 @@ class Listener:
         self.ages: list[float] = []
         self.figures: dict[str, str] = {}
         self.told = 0
-        self.on_mask: Callable[[Any, Mapping[str, int]], None] = lambda message, info: None
+        self.on_mask: Callable[[Any, MessageInfo], None] = lambda message, info: None
         self.on_confidence: Callable[[Any], None] = lambda message: None
         self.on_classes: Callable[[Any], None] = lambda message: None
         self.on_diagnostics: Callable[[Any], None] = lambda message: None
@@ -270,7 +278,7 @@ class Listener:
         wait_for(lambda: self.told > told + 1 and fits(self.figures), "diagnostics that fit")
         return dict(self.figures)
 
-    def _on_mask(self, message: Any, info: Mapping[str, int]) -> None:
+    def _on_mask(self, message: Any, info: MessageInfo) -> None:
         stamp = message.header.stamp
         self.ages.append(1e-9 * (info["source_timestamp"] - stamp.sec * 10**9 - stamp.nanosec))
         self.on_mask(message, info)
@@ -365,7 +373,7 @@ def cost(bench: Bench, size: tuple[int, int], encoding: str, overlay: bool, imag
     inference = bench.inference_ms(size, encoding)
     with watched(bench.listener, overlay):
         bench.camera.ask(do="start", size=size, encoding=encoding, rate=min(4.0, 0.6e3 / inference))
-        rows = np.empty((0, 4))
+        rows: np.ndarray = np.empty((0, 4))
         while len(rows) < images + 2:
             time.sleep(0.5)
             rows = np.concatenate([rows, bench.timings()])

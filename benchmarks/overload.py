@@ -9,7 +9,7 @@ import json
 import os
 import threading
 import time
-from collections import Counter
+from collections import defaultdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -79,7 +79,7 @@ def overload(bench: Bench, size: tuple[int, int], rate: float, seconds: float) -
     after = idle_figures(bench)
     memory.close()
     gained = {name: int(after[name]) - int(before[name]) for name in COUNTS}
-    shares: Counter[str] = Counter()
+    shares: defaultdict[str, float] = defaultdict(float)
     for number, (name, total) in spent_after.items():
         role = next((role for role, known in threads.items() if known == number), None)
         kind = role or ("dds" if name.startswith("dds") else "other")

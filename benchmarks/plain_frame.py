@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.models.attention_processor import Attention
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPModel
 
@@ -45,9 +45,9 @@ class PlainNerve:
             pair.diffusion.location, revision=pair.diffusion.revision, dtype=dtype
         ).to(device)
         self.clip = CLIPModel.from_pretrained(
-            pair.clip.location, revision=pair.clip.revision, dtype=dtype, attn_implementation="eager"
-        ).to(device)
-        self.clip.eval()
+            pair.clip.location, revision=pair.clip.revision or "main", dtype=dtype, attn_implementation="eager"
+        ).eval()
+        nn.Module.to(self.clip, device)
         self.maps: list[Tensor] = []
         for block, place in self.settings["taps"]:
             layer = self.pipe.unet.up_blocks[block].attentions[place].transformer_blocks[0].attn1

@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from torch import nn
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, PreTrainedModel
 
 from nerve_core.models.pairs import find_pair
 
@@ -114,7 +117,7 @@ def write_random_pair(
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    parts: dict[str, Callable[[], nn.Module]] = {
+    parts: dict[str, Callable[[], PreTrainedModel | ModelMixin]] = {
         "clip": lambda: CLIPModel(
             CLIPConfig(
                 text_config={**made.clip_text, **special},
@@ -130,9 +133,8 @@ def write_random_pair(
         with torch.device("meta"):
             model = make()
         _fill(model.to_empty(device="cpu"), seed + number)
-        nn.Module.to(model, dtype).save_pretrained(
-            folder / part
-        )  # diffusers' own warns of layers that it does not have
+        nn.Module.to(model, dtype)  # diffusers' own warns of layers that it does not have
+        model.save_pretrained(folder / part)
     for part in ("clip", "diffusion/tokenizer"):
         tokenizer.save_pretrained(folder / part)
     scheduler = DDIMScheduler(

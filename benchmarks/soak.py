@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import typer
@@ -28,6 +28,10 @@ from rich.table import Table
 from nerve_core.embedded.scenes import NAMES, STUFF, SYNONYMS
 
 from .node import PATIENCE, Bench, Child, ros_environment, running_bench
+
+if TYPE_CHECKING:
+    from rclpy.client import Client
+    from rclpy.subscription import MessageInfo
 
 MOST_GROWTH = 0.02
 """Share by which resident memory may grow from the warm-up's end to the end."""
@@ -118,7 +122,7 @@ class Soak:
             Vocabulary, "vocabulary", QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
         )
         self._text = node.create_publisher(String, "vocabulary_text", QoSProfile(depth=10))
-        self._clients = {
+        self._clients: dict[str, Client] = {
             name: node.create_client(kind, f"nerve/{name}")
             for name, kind in {
                 "locate": Locate,
@@ -356,7 +360,7 @@ class Soak:
 
     # What comes in, on the listener's thread.
 
-    def _on_mask(self, message: Any, info: Mapping[str, int]) -> None:
+    def _on_mask(self, message: Any, info: MessageInfo) -> None:
         counts = np.bincount(np.frombuffer(message.data, np.uint8), minlength=256)
         ids = np.flatnonzero(counts)
         self._expect(
@@ -377,7 +381,7 @@ class Soak:
     def _on_overlay(self, message: Any) -> None:
         self.heard.overlays += 1
 
-    def _on_label_info(self, message: Any, info: Mapping[str, int]) -> None:
+    def _on_label_info(self, message: Any, info: MessageInfo) -> None:
         names = {entry.class_id: entry.class_name for entry in message.class_map}
         self.heard.infos.append((1e-9 * info["source_timestamp"], names))
 
@@ -510,14 +514,16 @@ def contradictions(heard: Heard) -> list[str]:
     wrong = []
     for stamp, classes in heard.classes.items():
         counts = masks.get(stamp)
-        for number, (name, area) in classes.items() if counts is not None else ():
+        if counts is None:
+            continue
+        for number, (name, area) in classes.items():
             if counts.get(number, 0) != area:
                 wrong.append(f"image {stamp}: {name!r} has area {area} and {counts.get(number, 0)} pixels")
     for answer in heard.located:
-        classes, counts = heard.classes.get(answer["stamp"]), masks.get(answer["stamp"])
-        if not answer["success"] or classes is None or counts is None:
+        seen, counts = heard.classes.get(answer["stamp"]), masks.get(answer["stamp"])
+        if not answer["success"] or seen is None or counts is None:
             continue
-        numbers = [n for n, (name, _) in classes.items() if name.casefold() == answer["name"].casefold()]
+        numbers = [n for n, (name, _) in seen.items() if name.casefold() == answer["name"].casefold()]
         if numbers and counts.get(numbers[0], 0) != answer["area"]:
             wrong.append(
                 f"image {answer['stamp']}: locate {answer['name']!r} says {answer['area']} pixels, the mask has "

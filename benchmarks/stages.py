@@ -11,7 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPConfig, CLIPModel
@@ -61,7 +62,8 @@ def stages(name: str, device: str, count: int = 21) -> list[dict[str, float | st
         "U-Net to the last keys": part.taps.unet,
         "CLIP, patch by patch": part.clip,
     }
-    best, rows = ceiling(device), []
+    best = ceiling(device)
+    rows: list[dict[str, float | str]] = []
     for stage, run in work.items():
         precision = "float32" if stage in ("walk", "readout") else str(segmenter.dtype).removeprefix("torch.")
         with torch.inference_mode():

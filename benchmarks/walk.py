@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -191,9 +192,9 @@ def peak_memory(problem: Problem, side: str, steps: dict[str, int]) -> float:
     run = walk_sides(problem, steps)[side]
     if problem.device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        allocated = torch.cuda.memory_allocated()
         run(*inputs)
-        return (torch.cuda.max_memory_allocated() - before) / 1e6
+        return (torch.cuda.max_memory_allocated() - allocated) / 1e6
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew at what is resident now
     before = status_mb("VmRSS")
     run(*inputs)
@@ -236,7 +237,7 @@ def compare_walks(
     of = {"dense": "nerve", "dense, heads fused": "nerve"}
     errors = {side: row_error(run(Q, K, G), limit[of.get(side, side)]) for side, run in walks.items()}
     said("timing every side in turn")
-    times = interleaved({side: (lambda run=run: run(Q, K, G)) for side, run in walks.items()}, device, repeats)
+    times = interleaved({side: partial(run, Q, K, G) for side, run in walks.items()}, device, repeats)
     said("measuring memory, each side in a process of its own")
     memory = {side: peak_memory_apart(problem, side, steps) for side in walks}
     said("timing the low-rank walk on grids of other sizes")
@@ -299,13 +300,15 @@ def _large(problem: Problem, steps: dict[str, int]) -> dict[str, Any]:
     sized = Problem(**{**asdict(problem), "grid": LARGE_GRID, "names": LARGE_NAMES})
     found: dict[str, Any] = {}
     for side, kernel in {"nerve": KERNEL, **LOW_RANK_KERNELS}.items():
-        inputs, refined = sized.draw(), []
+        Q, K, G = sized.draw()
+        refined: list[Refinement] = []
 
-        def walk(inputs=inputs, kernel=kernel, count=steps[side], refined=refined) -> None:
-            refined.append(sized.refine(*inputs, kernel, count))
+        def walk(run: Callable[[], Refinement], results: list[Refinement]) -> None:
+            results.append(run())
 
+        run = partial(sized.refine, Q, K, G, kernel, steps[side])
         found[side] = {
-            "ms": timed(walk, sized.device),
+            "ms": timed(partial(walk, run, refined), sized.device),
             "memory_mb": peak_memory_apart(sized, side, steps),
             "operator": refined[0].operator,
         }

@@ -27,6 +27,14 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+
+if TYPE_CHECKING:
+    from rclpy.task import Future
+
+Result = TypeVar("Result")
+Message: TypeAlias = Any
+"""A ROS message or a request of a service: the classes that ROS generates have no types of their own."""
 
 MAX_GROWTH = 60.0
 """MB that the least memory of the last quarter may be above the least of the second: while a large image is worked on
@@ -92,10 +100,10 @@ class Mill:
             )
         ]
 
-    def message(self, number: int) -> tuple[str, object | None]:
+    def message(self, number: int) -> tuple[str, Message | None]:
         """The kind and the message; None for the message where its bytes are none."""
         luck = random.Random(f"{self._seed}:{number}")
-        kinds: tuple[tuple[str, Callable[[random.Random], object], int], ...] = (
+        kinds: tuple[tuple[str, Callable[[random.Random], Message], int], ...] = (
             ("Image", self._make_image, 40),
             ("CompressedImage", self._make_compressed, 30),
             ("Vocabulary", lambda luck: self._vocabulary(names=self._names(luck)), 12),
@@ -116,13 +124,13 @@ class Mill:
                 return kind, None
         return kind, made
 
-    def _make_header(self, luck: random.Random) -> object:
+    def _make_header(self, luck: random.Random) -> Message:
         header = self._header(frame_id=luck.choice([*WORDS, "camera", "f" * 1025]))
         header.stamp.sec = luck.choice([0, 1, -1, 2**31 - 1, -(2**31), 1_700_000_000])
         header.stamp.nanosec = luck.choice([0, 999_999_999, 2**32 - 1])
         return header
 
-    def _make_image(self, luck: random.Random) -> object:
+    def _make_image(self, luck: random.Random) -> Message:
         encoding = luck.choice(self._encodings)
         wide, high = luck.randint(1, 40) * 2, luck.randint(1, 30) * 2
         depth = {"rgba8": 4, "bgra8": 4, "rgb8": 3, "bgr8": 3, "8UC3": 3}.get(encoding, 2 if "16" in encoding else 1)
@@ -150,7 +158,7 @@ class Mill:
         image.data.frombytes(data)
         return image
 
-    def _make_compressed(self, luck: random.Random) -> object:
+    def _make_compressed(self, luck: random.Random) -> Message:
         message = self._compressed(header=self._make_header(luck), format=luck.choice(FORMATS))
         data = luck.choice(self._files)
         if luck.random() < 0.3:
@@ -215,7 +223,7 @@ class Run:
         self.slowest: dict[str, float] = {}
         self.memory: list[float] = []
         self._bound, self._mill = bound, Mill(seed)
-        self._answers: list = []
+        self._answers: list[tuple[int, Future]] = []
         given = {"vocabulary": ["ball", "ladder"], "id_reuse_delay": 0.0, "inference_timeout": 600.0}
         self._node = NerveNode(parameter_overrides=[Parameter(name, value=value) for name, value in given.items()])
         self._executor = SingleThreadedExecutor()
@@ -301,7 +309,8 @@ class Run:
             self._executor.spin_once(timeout_sec=0.05)
         self._node.close()
 
-    def _deliver(self, kind: str, message: object) -> object:
+    def _deliver(self, kind: str, message: Message) -> Any:
+        """What the callback returns: a response to SetVocabulary, a future of one to Locate, else None."""
         from nerve_ros.srv import SetVocabulary
 
         node = self._node
@@ -317,17 +326,17 @@ class Run:
             case _:
                 return node._images.on_image(message)
 
-    def _timed(self, what: str, do: Callable[[], object]) -> object:
+    def _timed(self, what: str, do: Callable[[], Result]) -> Result:
         started = time.perf_counter()
         try:
             return do()
         finally:
             self.slowest[what] = max(self.slowest.get(what, 0.0), time.perf_counter() - started)
 
-    def _answered(self, number: int, answer: object) -> bool:
-        if not answer.done():
+    def _answered(self, number: int, answer: Future) -> bool:
+        response = answer.result() if answer.done() else None
+        if response is None:
             return False
-        response = answer.result()
         self.outcomes[f"Locate: {'searched' if response.success else 'refused'}"] += 1
         if not response.success:
             self._told(number, response.message)

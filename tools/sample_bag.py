@@ -21,13 +21,12 @@ import itertools
 import json
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import cv2
 import numpy as np
@@ -43,6 +42,9 @@ from nerve_core.embedded.scenes import NAMES, STUFF, Scene, draw_scene
 from nerve_core.replay import messages, writing
 from nerve_core.replay.messages import COMPRESSED_IMAGE, LABEL_INFO, header_message, label_info_message, typestore
 from nerve_core.replay.writing import qos
+
+if TYPE_CHECKING:
+    from rosbags.typesys.store import Msg
 
 IMAGE_TOPIC = "/camera/image/compressed"
 CAMERA_INFO_TOPIC = "/camera/camera_info"
@@ -271,7 +273,7 @@ def _messages(store: Typestore, options: Options, progress: Progress) -> Iterato
         yield LABELS_TOPIC, nanoseconds, compressed(header, "mono8; png compressed ", png)
 
 
-def _camera_info(store: Typestore, header: object, focal: float) -> object:
+def _camera_info(store: Typestore, header: Msg, focal: float) -> object:
     """Of a camera without distortion whose axis goes through the image's middle."""
     K = np.array([focal, 0, (WIDTH - 1) / 2, 0, focal, (HEIGHT - 1) / 2, 0, 0, 1], np.float64)
     P = np.hstack([K.reshape(3, 3), np.zeros((3, 1))]).ravel()
@@ -315,4 +317,4 @@ def main(
 
 
 if __name__ == "__main__":
-    sys.exit(typer.run(main))
+    typer.run(main)

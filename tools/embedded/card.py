@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 import typer
-from diffusers import UNet2DConditionModel
 from rich.progress import track
 from torch import Tensor
 from torch.nn import functional as F
@@ -77,7 +76,7 @@ def forget_unet(segmenter: Segmenter) -> None:
     source = find_pair("embedded").diffusion
     loaded = load_diffusion(source, segmenter.device, segmenter.dtype, diffusion.taps, cache_dir=None, offline=True)
     torch.manual_seed(0)
-    unet = UNet2DConditionModel.from_config(loaded.unet.config).eval().requires_grad_(False)
+    unet = type(loaded.unet)(**loaded.unet.config).eval().requires_grad_(False)
     segmenter.frame_part.taps = DiffusionTaps(loaded.vae, unet, loaded.scheduler, loaded.prompt, diffusion)
 
 

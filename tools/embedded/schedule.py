@@ -7,6 +7,7 @@ import copy
 import math
 import time
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import cv2
 import numpy as np
@@ -15,6 +16,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from generate import OBJECTS
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 class Scenes:
@@ -47,12 +50,13 @@ class Scenes:
         corners = np.empty((count, 2), np.int64)
         for k in range(count):
             index, part = int(self.rng.integers(len(self.images))), self.rng.uniform(least, 1)
+            room = [(whole - part) // cell + 1 for whole, part in zip(size, (height, width), strict=True)]
             scale = np.array((rows, columns)) / size * part  # pixels of the frame a pixel of the view
             shift = self.rng.uniform(0, 1, 2) * np.array((rows, columns)) * (1 - part)
             step = int(self.rng.choice((-1, 1)))
             best = -1
             for _ in range(1 if window is None else 2):
-                corner = self.rng.integers(0, (np.array(size) - (height, width)) // cell + 1) * cell
+                corner = self.rng.integers(0, room) * cell
                 top, left = np.round(shift + corner * scale).astype(int)
                 bottom, right = np.round((top, left) + np.array((height, width)) * scale).astype(int)
                 cut = self.labels[index, top:bottom, left:right]
@@ -76,11 +80,11 @@ def fractions(labels: torch.Tensor, classes: int, cell: int) -> torch.Tensor:
     return shares.flatten(2).transpose(1, 2)
 
 
-class Training:
+class Training(Generic[Network]):
     """AdamW on a cosine schedule over a time budget, with averaged weights and checkpoints that a restart goes on
     from."""
 
-    def __init__(self, model: nn.Module, checkpoint: Path, seconds: float, rate: float, decay: float = 0.01) -> None:
+    def __init__(self, model: Network, checkpoint: Path, seconds: float, rate: float, decay: float = 0.01) -> None:
         self.model, self.checkpoint, self.seconds, self.rate = model, checkpoint, seconds, rate
         self.optimiser = torch.optim.AdamW(
             [parameter for parameter in model.parameters() if parameter.requires_grad],

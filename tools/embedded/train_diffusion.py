@@ -14,8 +14,10 @@ from pathlib import Path
 
 import torch
 import typer
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -60,9 +62,14 @@ def principal_encoder(images: torch.Tensor) -> AutoencoderKL:
     components = vectors.flip(1)[:, :LATENTS].T  # [L, 48], strongest first
     signed = torch.stack([components, -components], 1).flatten(0, 1)
 
+    def clear(layer: nn.Module) -> None:
+        """Set a layer's weights and biases to zero."""
+        for parameter in layer.parameters():
+            parameter.zero_()
+
     def gather(convolution: nn.Conv2d, channels: int) -> None:
         """Turn a strided convolution into pixel_unshuffle of its first `channels` channels."""
-        convolution.weight.zero_(), convolution.bias.zero_()
+        clear(convolution)
         for channel in range(channels):
             for place in range(4):
                 convolution.weight[channel * 4 + place, channel, place // 2, place % 2] = 1
@@ -70,10 +77,10 @@ def principal_encoder(images: torch.Tensor) -> AutoencoderKL:
     with torch.no_grad():
         for module in encoder.modules():
             if hasattr(module, "conv2"):
-                module.conv2.weight.zero_(), module.conv2.bias.zero_()
+                clear(module.conv2)
             if hasattr(module, "to_out"):
-                module.to_out[0].weight.zero_(), module.to_out[0].bias.zero_()
-        encoder.conv_in.weight.zero_(), encoder.conv_in.bias.zero_()
+                clear(module.to_out[0])
+        clear(encoder.conv_in)
         for channel in range(3):
             encoder.conv_in.weight[channel, channel, 1, 1] = 1
         down = encoder.down_blocks
@@ -181,14 +188,17 @@ def main(
     empty = tokenizer("", padding="max_length", return_tensors="pt")
     with torch.no_grad():
         prompt = text_encoder.float()(input_ids=empty.input_ids).last_hidden_state
-    unet = new_unet().to(memory_format=torch.channels_last)
+    unet = new_unet()
+    nn.utils.convert_conv2d_weight_memory_format(unet, torch.channels_last)
     unet.set_attn_processor(AttnProcessor())  # on a CPU its products in bfloat16 train faster than the fused kernel
     training = Training(unet, out / "unet.pt", seconds, rate)
     tapped: list[torch.Tensor] = []
-    for transformer in unet.up_blocks[-1].attentions:
-        attention = transformer.transformer_blocks[0].attn1
-        for projection in (attention.to_q, attention.to_k):
-            projection.register_forward_hook(lambda module, inputs, output: tapped.append(output))
+    for transformer in unet.up_blocks[-1].get_submodule("attentions").children():
+        attention = transformer.get_submodule("transformer_blocks.0.attn1")
+        for projection in ("to_q", "to_k"):
+            attention.get_submodule(projection).register_forward_hook(
+                lambda module, inputs, output: tapped.append(output)
+            )
     mean_noise = mean_affinity = 1.0
     while training.running():
         images, labels, _ = scenes.batch(batch, SIZE, 0.7, window=CUT)
@@ -207,9 +217,9 @@ def main(
         loss = noise_loss
         if affinity:
             heads = [tensor[1:].unflatten(-1, (5, -1)).transpose(1, 2)[:, :SUPERVISED_HEADS] for tensor in tapped]
-            mass = [affinity_loss(heads[k], heads[k + 1], shares[1:]) for k in (0, 2)]
-            loss = loss + sum(mass)
-            mean_affinity += 0.02 * (float(sum(mass).detach()) / 2 - mean_affinity)
+            first, second = (affinity_loss(heads[k], heads[k + 1], shares[1:]) for k in (0, 2))
+            loss = loss + (first + second)
+            mean_affinity += 0.02 * (float((first + second).detach()) / 2 - mean_affinity)
         training.update(loss)
         mean_noise += 0.02 * (float(noise_loss.detach()) - mean_noise)
         if training.step % 100 == 0:

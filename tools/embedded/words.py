@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTokenizer
@@ -257,7 +258,8 @@ def train_tokenizer(folder: Path) -> CLIPTokenizer:
         show_progress=False,
     )
     learner.train_from_iterator(corpus, trainer)
-    merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
+    # Pairs are what the tokenizer takes, though its annotation says text.
+    merges: list[Any] = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
     tokens = alphabet + [letter + "</w>" for letter in alphabet]
     tokens += [token for token in ("".join(pair) for pair in merges) if token not in set(tokens)]
     vocabulary = {token: index for index, token in enumerate([*dict.fromkeys(tokens), start, end])}
