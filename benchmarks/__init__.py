@@ -1,4 +1,4 @@
-"""Where the figures come from: what this project does, timed beside plain versions of what others do.
+"""Benchmarks: what this project does, timed together with plain versions of what others do.
 
 Installed as `nerve_benchmarks`; `nerve bench` runs it.
 """

@@ -1,4 +1,4 @@
-"""What a device can do at best: products and copies of large tensors, to set measured stages beside.
+"""What a device can do at best: products and copies of large tensors, to compare measured stages with.
 
 `python -m nerve_benchmarks.ceiling [DEVICE]`, or `python -m benchmarks.ceiling` in a clone's top folder.
 """

@@ -1,4 +1,4 @@
-"""What the figures of a device rest on: precisions that agree, nothing that waits, and what a vocabulary costs."""
+"""Checks of a device's figures: do precisions agree, does a frame wait for the device, what does a vocabulary cost."""
 
 from __future__ import annotations
 
@@ -76,9 +76,9 @@ def _synchronisations(work: Callable[[], object]) -> int:
     """Times that PyTorch makes the host wait for the device, the one that a frame ends with not counted."""
     torch.cuda.set_sync_debug_mode("warn")
     try:
-        with warnings.catch_warnings(record=True) as said:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             work()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    return sum("synchroniz" in str(warning.message) for warning in said)
+    return sum("synchroniz" in str(warning.message) for warning in caught)

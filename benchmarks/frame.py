@@ -1,4 +1,4 @@
-"""A whole frame with a full-size pair: ours beside plain diffusers and transformers, each in a process of its own."""
+"""Time a whole frame of a model pair: ours and plain diffusers and transformers, each in a process of its own."""
 
 from __future__ import annotations
 

@@ -107,8 +107,8 @@ def table(figures: dict[str, Any]) -> str:
     lines += ["", "| stage (networks in turn) | p50 ms | p95 ms |", "|---|---|---|"]
     for stage, row in figures["frames"]["21 names, networks in turn"]["stages"].items():
         lines.append(f"| {stage} | {row['p50_ms']:.2f} | {row['p95_ms']:.2f} |")
-    said = {**figures["ceiling"], **figures["checks"], **figures["walk"]}
-    lines += ["", *(f"- {name}: {value:.4g}" for name, value in said.items() if isinstance(value, (int, float)))]
+    scalars = {**figures["ceiling"], **figures["checks"], **figures["walk"]}
+    lines += ["", *(f"- {name}: {value:.4g}" for name, value in scalars.items() if isinstance(value, (int, float)))]
     return "\n".join(lines)
 
 

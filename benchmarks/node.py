@@ -1,7 +1,7 @@
 """The node's own cost of an image over real DDS: from its arrival to the last message about it, less inference.
 
 `python -m nerve_benchmarks.node`, or `python -m benchmarks.node` in a clone's top folder. The camera, the node and
-whoever listens are processes of their own in a ROS domain of their own. The pieces serve the other benchmarks of the
+the listener are processes of their own in a ROS domain of their own. The pieces serve the other benchmarks of the
 node too.
 """
 
@@ -111,7 +111,7 @@ class Child:
 
 
 def recorded_node() -> int:
-    """The node itself, which tells on request what every image since the last request took, and its threads.
+    """The node itself, which reports on request what every image since the last request took, and its threads.
 
     A row is (latency, convert, infer, publish) in ms: latency from the arrival in the callback to the last message.
     """
@@ -130,24 +130,24 @@ def recorded_node() -> int:
         run(self)
 
     output = os.dup(1)
-    os.dup2(2, 1)  # the log goes with the errors, what is told here is read by a program
+    os.dup2(2, 1)  # the log goes with the errors, what is written here is read by a program
 
-    def answer() -> None:
+    def respond() -> None:
         for line in sys.stdin:
             if json.loads(line)["do"] == "threads":
-                told: dict[str, Any] = {"receiving": os.getpid(), "worker": workers[0]}
+                answer: dict[str, Any] = {"receiving": os.getpid(), "worker": workers[0]}
             else:
-                told = {"rows": rows[:]}
+                answer = {"rows": rows[:]}
                 rows.clear()
-            os.write(output, (json.dumps(told) + "\n").encode())
+            os.write(output, (json.dumps(answer) + "\n").encode())
 
-    threading.Thread(target=answer, daemon=True).start()
+    threading.Thread(target=respond, daemon=True).start()
     with patch.object(health.Health, "segmented", record), patch.object(worker.Worker, "_run", named):
         return node.main()
 
 
 def camera() -> int:
-    """Publishes drawn scenes in turn, stamped with the time of their publishing, as lines of JSON tell it to.
+    """Publishes drawn scenes in turn, stamped with the time of their publishing, by commands that are lines of JSON.
 
     {"do": "start", "size": [width, height], "encoding": "rgb8", "rate": 4.0}, {"do": "stop"} -> images and rate.
     """
@@ -180,14 +180,14 @@ def camera() -> int:
             sent, started = 0, time.monotonic()
             thread = threading.Thread(target=stream, args=(publisher, messages, asked["rate"]), daemon=True)
             thread.start()
-            told = {}
+            answer = {}
         else:
             seconds = time.monotonic() - started
             stop.set()
             if thread is not None:
                 thread.join()
-            told = {"sent": sent, "rate": sent / seconds}
-        print(json.dumps(told), flush=True)
+            answer = {"sent": sent, "rate": sent / seconds}
+        print(json.dumps(answer), flush=True)
     rclpy.try_shutdown()
     return 0
 
@@ -222,6 +222,7 @@ class Listener:
     """A ROS node `listener` on a thread of its own, in a context of its own: takes what the node publishes.
 
     ages: of masks, in seconds, from the image's stamp to the mask's publishing. figures: of the last diagnostics.
+    received: how many diagnostics came.
     on_...: called with each message (and for masks with what DDS says of it), on that thread.
     """
 
@@ -237,7 +238,7 @@ class Listener:
 
         self.ages: list[float] = []
         self.figures: dict[str, str] = {}
-        self.told = 0
+        self.received = 0
         self.on_mask: Callable[[Any, MessageInfo], None] = lambda message, info: None
         self.on_confidence: Callable[[Any], None] = lambda message: None
         self.on_classes: Callable[[Any], None] = lambda message: None
@@ -274,8 +275,8 @@ class Listener:
 
     def fresh_figures(self, fits: Callable[[dict[str, str]], bool] = lambda figures: True) -> dict[str, str]:
         """The next diagnostics from now on that fit. Raises RuntimeError where none do for a long time."""
-        told = self.told
-        wait_for(lambda: self.told > told + 1 and fits(self.figures), "diagnostics that fit")
+        before = self.received
+        wait_for(lambda: self.received > before + 1 and fits(self.figures), "diagnostics that fit")
         return dict(self.figures)
 
     def _on_mask(self, message: Any, info: MessageInfo) -> None:
@@ -286,7 +287,7 @@ class Listener:
     def _on_diagnostics(self, message: Any) -> None:
         for status in message.status:
             self.figures = {pair.key: pair.value for pair in status.values}
-            self.told += 1
+            self.received += 1
         self.on_diagnostics(message)
 
 
@@ -354,7 +355,7 @@ def running_bench(domain: int, **parameters: Any) -> Iterator[Bench]:
 
 @contextmanager
 def watched(listener: Listener, watched: bool) -> Iterator[None]:
-    """While this lasts, somebody watches the overlay, if `watched`."""
+    """While this lasts, the overlay has a subscriber, if `watched`."""
     from rclpy.qos import QoSProfile
     from sensor_msgs.msg import Image
 

@@ -1,4 +1,4 @@
-"""A camera that is much too fast: how old masks get, what memory and processor time that costs the node.
+"""Measure the node under a camera that is much too fast: how old masks get, its memory and its processor time.
 
 `python -m nerve_benchmarks.overload`, or `python -m benchmarks.overload` in a clone's top folder.
 """

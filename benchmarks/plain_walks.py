@@ -1,5 +1,4 @@
-"""What the walk is timed beside: plain PyTorch, written from the papers' equations, in float32 as one would first write
-it.
+"""The baselines of the walk: plain PyTorch, written from the papers' equations, in float32 as one would first write it.
 
 Nothing is made slow on purpose: torch.matmul, torch.softmax, all threads, memory given back as soon as it is of no more
 use. Q, K: [H, N, D]. G: [N, C], rows are distributions. Every function returns [N, C].
@@ -61,7 +60,7 @@ def chain(Q: Tensor, K: Tensor, G: Tensor) -> Tensor:
 
 
 def neighbours(grid: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """The 8 neighbours of each token, int64 [N, 8], and which of them lie on the grid, bool [N, 8]."""
+    """The 8 neighbours of each token, int64 [N, 8], and which of them are on the grid, bool [N, 8]."""
     rows, columns = grid
     steps = [(down, right) for down in (-1, 0, 1) for right in (-1, 0, 1) if (down, right) != (0, 0)]
     down, right = torch.tensor(steps, device=device).t()

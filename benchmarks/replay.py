@@ -2,7 +2,7 @@
 
 `python -m nerve_benchmarks.replay BAG`, or `python -m benchmarks.replay BAG` in a clone's top folder;
 tools/sample_bag.py makes a bag. The baseline is the same images, decoded beforehand, segmented one after the other with
-nothing beside; measured in the same process, before and after the replay.
+nothing else running; measured in the same process, before and after the replay.
 """
 
 from __future__ import annotations

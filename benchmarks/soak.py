@@ -1,7 +1,7 @@
-"""The node for a long time with everything happening at once: what grows, what gets lost, what is said wrongly.
+"""Run the node for a long time with everything happening at once: what grows, gets lost, or is published wrongly.
 
 `python -m nerve_benchmarks.soak`, or `python -m benchmarks.soak` in a clone's top folder. Everything is judged by what
-came over DDS and by what the system says of the node's process, not by the node's own word.
+came over DDS and by what the system reports of the node's process, not by the node's own word.
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ class Soak:
         else:
             names = draw.sample(KNOWN, draw.randint(2, 9)) + [self._fresh(draw) for _ in range(self.plan.fresh)]
             if draw.random() < 0.2:
-                names.append(names[0].upper())  # the same name: dropped, told
+                names.append(names[0].upper())  # the same name: dropped, and reported
         way = number % 4
         if way == 0 or not names or len(names) > IDS:
             answer = self._call("set_vocabulary", names=names)
@@ -225,7 +225,7 @@ class Soak:
         draw = random.Random(f"{self.plan.seed} locate {number}")
         kind = draw.choice(("served", "served", "known", "fresh", "bad"))
         name = {
-            "served": draw.choice(self._told() or KNOWN),
+            "served": draw.choice(self._published_names() or KNOWN),
             "known": draw.choice(KNOWN),
             "fresh": self._fresh(draw),
             "bad": draw.choice(("", "a\nb", "x" * 129)),
@@ -253,7 +253,7 @@ class Soak:
             }
         )
 
-    def _told(self) -> list[str]:
+    def _published_names(self) -> list[str]:
         """The names of the last LabelInfo."""
         return [name for number, name in sorted(self.heard.infos[-1][1].items()) if number] if self.heard.infos else []
 
@@ -496,12 +496,12 @@ def unexplained_ids(
     masks: Sequence[tuple[float, int, Mapping[int, int]]], infos: Sequence[tuple[float, Mapping[int, str]]]
 ) -> list[str]:
     """Masks with an id that the LabelInfo in force as they were published does not name."""
-    told = sorted(infos, key=lambda info: info[0])
-    times = [sent for sent, _ in told]
+    ordered = sorted(infos, key=lambda info: info[0])
+    times = [sent for sent, _ in ordered]
     wrong = []
     for sent, stamp, counts in masks:
         place = int(np.searchsorted(times, sent)) - 1
-        names = told[place][1] if place >= 0 else {}
+        names = ordered[place][1] if place >= 0 else {}
         strangers = set(counts) - set(names) - {255}
         if strangers:
             wrong.append(f"mask of image {stamp} published at {sent:.3f} has ids {sorted(strangers)} that nobody told")
@@ -596,7 +596,7 @@ def _sorted(masks: Sequence[tuple[float, int, Mapping[int, int]]]) -> bool:
 
 
 def judge_figures(heard: Heard, plan: Plan) -> list[Check]:
-    """What only a long run on a quiet machine can tell: growth and ages."""
+    """What only a long run on a quiet machine can show: growth and ages."""
     ages, inference = ages_and_inference(heard)
     kept = [sample for sample in heard.samples if sample["time"] - heard.samples[0]["time"] >= plan.warm_up]
     memory = growth([sample["time"] for sample in kept], [sample["resident"] for sample in kept])
@@ -608,7 +608,7 @@ def judge_figures(heard: Heard, plan: Plan) -> list[Check]:
         )
     ]
     for key in ("descriptors", "threads", "shared_files"):
-        # Whoever visits brings some with him: what is there while nobody does counts.
+        # Visitors bring some with them: what is there while there are none counts.
         quarter = max(1, len(kept) // 4)
         first, last = (min(sample[key] for sample in part) for part in (kept[:quarter], kept[-quarter:]))
         checks.append(Check(f"{key.replace('_', ' ')} do not grow", last <= first, f"{first:.0f} to {last:.0f}"))

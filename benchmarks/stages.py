@@ -1,4 +1,4 @@
-"""Where a frame's time goes: arithmetic and weights of every stage beside its measured time and the device's ceiling.
+"""Where a frame's time goes: arithmetic, weights and measured time of every stage, and its share of the device's best.
 
 `python -m nerve_benchmarks.stages PAIR [DEVICE]`, or `python -m benchmarks.stages` in a clone's top folder.
 """
@@ -33,7 +33,7 @@ SIZE = (480, 640)
 
 def stages(name: str, device: str, count: int = 21) -> list[dict[str, float | str]]:
     """Each stage's GFLOP (2 x multiply and add), MB of weights, least ms of seven, and GFLOP/s over the ceiling of its
-    precision. The networks run in turn."""
+    precision. The networks run one after the other."""
     pair = find_pair(name)
     segmenter = Segmenter.from_pretrained(
         name, device=device, offline=True, overlap=False, settings={"templates": ("a photo of a {}.",)}

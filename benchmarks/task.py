@@ -1,4 +1,4 @@
-"""What the benchmarks of a whole frame time: the process's task, the names that are asked for, a made-up image."""
+"""What the benchmarks of a whole frame measure: a process's task, the names that are asked for, a made-up image."""
 
 from __future__ import annotations
 

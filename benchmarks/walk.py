@@ -1,4 +1,4 @@
-"""The walk from Q, K and G: time and memory of ours beside the plain versions, in one run."""
+"""Time and memory of the walk from Q, K and G: ours and the plain versions, in one run."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def steps_to(problem: Problem, kernel: str, method: Callable[..., Tensor], limit
 
 
 def limits(problem: Problem) -> dict[str, Tensor]:
-    """What each side tends to, worked out in float64: the infinite walk for NERVE's sides. The chain and iSeg have no
+    """What each side tends to, computed in float64: the infinite walk for NERVE's sides. The chain and iSeg have no
     limit but the result of the products that define them; it is the chain's from right to left."""
     Q, K, G = (x.double() for x in problem.draw())
     G = G / G.sum(-1, keepdim=True)
@@ -185,7 +185,7 @@ def peak_memory_apart(problem: Problem, side: str, steps: dict[str, int]) -> flo
 
 @torch.inference_mode()
 def peak_memory(problem: Problem, side: str, steps: dict[str, int]) -> float:
-    """`peak_memory_apart`, in this process, whose peak must not lie behind it."""
+    """`peak_memory_apart`, in this process, whose peak must not have been reached before."""
     small = Problem(**{**asdict(problem), "grid": 8})
     walk_sides(small, steps)[side](*small.draw())  # what libraries allocate once is no memory of the walk
     inputs = problem.draw()
@@ -221,7 +221,8 @@ def compare_walks(
 
     Every NERVE side takes as many steps as bring its worst row within 1e-3 in L1 of its own infinite walk; the chain
     and iSeg take the products that define them. Times start at Q, K and G. large: measure ours at 128 x 128 tokens and
-    60 names too, which takes minutes on a CPU. said: is told what is being done. Returns plain values, ready for JSON.
+    60 names too, which takes minutes on a CPU. said: called with each thing that is done. Returns plain values,
+    ready for JSON.
     """
     load = os.getloadavg()[0]
     problem = Problem(grid, names, device=device)

@@ -3,7 +3,7 @@
 Images, compressed images, vocabularies by topic, text and service, and questions, each made from its number and the
 seed alone: most are changed in their fields, the others in their bytes as they travel (CDR). What a node's executor
 would do with a message is done here at once, without the network. Looked at for each message: nothing is raised,
-nothing takes longer than --bound; what is accepted becomes an RGB image of the size that was told; what is not is
+nothing takes longer than --bound; what is accepted becomes an RGB image of the size that it declares; what is not is
 counted with a printable reason. At the end: every message is accounted for, the memory has not grown, and the node
 still segments. A death of the process is a finding too: the run goes on with the message after it.
 
@@ -114,7 +114,7 @@ class Mill:
         (kind, make, _) = luck.choices(kinds, [share for *_, share in kinds])[0]
         made = make(luck)
         if luck.random() < 0.3:
-            # The four bytes that tell the byte order stay: Fast CDR reads beyond its buffer where they lie. Over the
+            # The four bytes of the byte order stay: Fast CDR reads beyond its buffer where they are wrong. Over the
             # network such a message does not get that far.
             encoded = self._serialize(made)
             changed = encoded[:4] + self._changed(encoded[4:], luck)
@@ -170,12 +170,12 @@ class Mill:
 
     @staticmethod
     def _resized(data: bytes, luck: random.Random) -> bytes:
-        """A picture that says it has another size."""
+        """A picture that declares another size."""
         place = 16 if data[:4] == b"\x89PNG" else max(data.find(b"\xff\xc0"), data.find(b"\xff\xc2")) + 5
         form = ">II" if data[:4] == b"\x89PNG" else ">HH"
         most = 2 ** (4 * struct.calcsize(form)) - 1
-        told = [min(luck.choice([*SIZES, 48, 64]), most) for _ in range(2)]
-        return data[:place] + struct.pack(form, *told) + data[place + struct.calcsize(form) :]
+        declared = [min(luck.choice([*SIZES, 48, 64]), most) for _ in range(2)]
+        return data[:place] + struct.pack(form, *declared) + data[place + struct.calcsize(form) :]
 
     @staticmethod
     def _names(luck: random.Random) -> list[str]:
@@ -248,7 +248,7 @@ class Run:
                 try:
                     image = self._timed(f"{kind} to RGB", lambda: to_rgb(message))
                 except ImageError as error:
-                    self._told(number, str(error))
+                    self._check_reason(number, str(error))
                     self.outcomes[f"{kind}: rejected for {error.kind}"] += 1
                 else:
                     self.outcomes[f"{kind}: read"] += 1
@@ -275,7 +275,7 @@ class Run:
             if len(done) > 1:
                 self._found(number, f"{kind} is both accepted and rejected")
             if kind == "SetVocabulary" and not answer.accepted:
-                self._told(number, answer.message)
+                self._check_reason(number, answer.message)
         if number % 50 == 0:
             self._executor.spin_once(timeout_sec=0.0)
             self._answers = [(asked, answer) for asked, answer in self._answers if not self._answered(asked, answer)]
@@ -289,12 +289,12 @@ class Run:
         ends = figures["images_segmented"] + figures["images_dropped"] + figures["images_rejected"]
         if figures["images_received"] != ends:
             self._found(-1, f"{figures['images_received']} images came and {ends} were accounted for: {figures}")
-        told = self._node._health.figures()
-        for_reasons = sum(int(value) for name, value in told.items() if name.startswith("rejected_for_"))
+        reported = self._node._health.figures()
+        for_reasons = sum(int(value) for name, value in reported.items() if name.startswith("rejected_for_"))
         if for_reasons != figures["images_rejected"]:
             self._found(-1, f"{figures['images_rejected']} images were rejected, {for_reasons} for a reason")
         if figures["errors"]:
-            self._found(-1, f"{figures['errors']} errors, the last: {told['last_error']}")
+            self._found(-1, f"{figures['errors']} errors, the last: {reported['last_error']}")
         for number, answer in self._answers:
             if not self._answered(number, answer):
                 self._found(number, "Locate was never answered")
@@ -339,7 +339,7 @@ class Run:
             return False
         self.outcomes[f"Locate: {'searched' if response.success else 'refused'}"] += 1
         if not response.success:
-            self._told(number, response.message)
+            self._check_reason(number, response.message)
         return True
 
     def _all_done(self) -> bool:
@@ -363,7 +363,7 @@ class Run:
             )
         }
 
-    def _told(self, number: int, reason: str) -> None:
+    def _check_reason(self, number: int, reason: str) -> None:
         if not reason or not reason.isprintable() or len(reason) > LONGEST_REASON:
             self._found(number, f"the reason is {reason[:100]!r}, {len(reason)} characters")
 
@@ -408,7 +408,7 @@ def part(first: int, end: int, seed: int, bound: float, progress: Path) -> None:
 
 
 def main() -> int:
-    """Run the parts one after the other, more than one where a process died, and tell what came of it."""
+    """Run the parts one after the other, more than one where a process died, and print what came of it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=100_000, help="messages (default 100000)")
     parser.add_argument("--seed", type=int, default=1, help="another seed, other messages (default 1)")
@@ -436,11 +436,11 @@ def main() -> int:
                 findings.append(f"the process died with {code} at message {reached} or one of the nine after it")
                 first = reached + 10
                 continue
-            told = json.loads(progress.read_text())
-            findings += told["findings"]
-            outcomes.update(told["outcomes"])
-            slowest |= {what: max(seconds, slowest.get(what, 0.0)) for what, seconds in told["slowest"].items()}
-            memory = told["memory"]
+            found = json.loads(progress.read_text())
+            findings += found["findings"]
+            outcomes.update(found["outcomes"])
+            slowest |= {what: max(seconds, slowest.get(what, 0.0)) for what, seconds in found["slowest"].items()}
+            memory = found["memory"]
             first = given.count
     quarter = len(memory) // 4
     growth = min(memory[-quarter:]) - min(memory[quarter : 2 * quarter]) if quarter else 0.0

@@ -1,4 +1,4 @@
-"""Before the way message -> ... -> message: films drawn scenes into the sample bag, with the truth beside every image.
+"""Make the sample bag: drawn scenes filmed by a moving camera, with the true labels of every image.
 
     python tools/sample_bag.py --out build/sample_bag
 
@@ -118,7 +118,7 @@ class Pose:
 
 @dataclass(frozen=True)
 class CameraPath:
-    """A smooth way over one scene that never shows what lies beside it. phases: five numbers in 0..2 pi."""
+    """A smooth path over one scene that never shows what is outside it. phases: five numbers in 0..2 pi."""
 
     phases: tuple[float, float, float, float, float]
 
@@ -140,12 +140,12 @@ class CameraPath:
 
 
 def draw_worlds(seed: int) -> Iterator[tuple[Scene, CameraPath]]:
-    """The scenes of a bag, indoors and a yard by turns, each with the camera's way over it."""
+    """The scenes of a bag, indoors and a yard by turns, each with the camera's path over it."""
     for world in range(WORLDS):
         grounds = _PLACES[world % len(_PLACES)]
         for attempt in itertools.count():
             key = (seed, world, attempt)
-            # A scene's place does not depend on its size: an empty small one tells at once.
+            # A scene's place does not depend on its size: an empty small one shows it at once.
             if _grounds(draw_scene(key, size=(64, 64), objects=(0, 0))) & grounds:
                 scene = draw_scene(key, size=WORLD, objects=WORLD_OBJECTS, object_size=OBJECT_SIZE)
                 phases = np.random.default_rng(key).uniform(0, 2 * np.pi, 5)

@@ -1,4 +1,4 @@
-"""Before the way folder -> ... -> scores: drawn scenes with their truth, as a labelled folder that `nerve eval` reads.
+"""Write drawn scenes and their true labels as a labelled folder that `nerve eval` reads.
 
     python tools/scene_dataset.py --out build/scenes --seed 7 --count 20
 

@@ -154,7 +154,7 @@ def markdown(content: dict) -> str:
 
 
 def remarks(content: dict) -> str:
-    """What the numbers say, worked out from them: the parts in order, the heads, and whatever is below CLIP alone."""
+    """What the numbers say, computed from them: the parts in order, the heads, and whatever is below CLIP alone."""
     parts, heads = content["miou"]["Parts of the method"], content["miou"]["Heads"]
     alone, full = parts["CLIP alone (G)"], parts["global + local + walk (full NERVE)"]
     local, global_ = parts["local only (beta 0)"], parts["global only (beta 1)"]

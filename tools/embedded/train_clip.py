@@ -168,13 +168,13 @@ def main(
         template = rng.choice(TEMPLATES)
         with torch.autocast("cpu", torch.bfloat16):
             texts = embed_texts(clip, tokenizer, [template.format(word) for word in words])
-            told = embed_texts(clip, tokenizer, captions(shares, rng))
+            captioned = embed_texts(clip, tokenizer, captions(shares, rng))
             whole, patches = embed_images(clip, images, corners, view)
         scale = clip.logit_scale.clamp(max=3.912).exp()
         logits = scale * patches @ texts.T
         wanted = F.pad(shares * weight, (0, len(DISTRACTORS[:8])))
         dense = -(wanted * logits.log_softmax(-1)).sum() / wanted.sum()
-        pairs = scale * whole @ told.T
+        pairs = scale * whole @ captioned.T
         target = torch.arange(batch)
         contrast = (F.cross_entropy(pairs, target) + F.cross_entropy(pairs.T, target)) / 2
         training.update(dense + 0.1 * contrast)

@@ -234,8 +234,8 @@ class TestEnsure:
     def quick(self, monkeypatch):
         """Nothing is drawn: what counts here is when."""
         scene = Scene(*(np.zeros((*sample_bag.WORLD, *more), np.uint8) for more in ((3,), (), ())))
-        way = sample_bag.CameraPath((0.0,) * 5)
-        monkeypatch.setattr(sample_bag, "draw_worlds", lambda seed: iter([(scene, way)] * sample_bag.WORLDS))
+        path = sample_bag.CameraPath((0.0,) * 5)
+        monkeypatch.setattr(sample_bag, "draw_worlds", lambda seed: iter([(scene, path)] * sample_bag.WORLDS))
 
     def test_makes_a_bag_once(self, tmp_path):
         out = tmp_path / "deep" / "bag"
