@@ -1,4 +1,4 @@
-"""`nerve bench`: this machine's figures, beside plain versions of what others do."""
+"""`nerve bench`: speed and memory on this machine, beside plain versions of other methods."""
 
 from __future__ import annotations
 

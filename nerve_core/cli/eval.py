@@ -44,7 +44,7 @@ Limit = Annotated[int | None, typer.Option(min=1, help="Take the first N images 
 
 @dataclass(frozen=True)
 class Run:
-    """What every measurement can be told, by the options of the same names."""
+    """What every measurement takes, by the options of the same names."""
 
     model: str
     device: str
@@ -350,7 +350,7 @@ def check_out(out: Path | None, names: Sequence[str]) -> None:
 
 @contextmanager
 def progress(name: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar that is told how many images are done and of how many; the time left is by this run's own images."""
+    """A bar; gives a function to call with the images done and in all. The time left is by this run's own images."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -1,4 +1,4 @@
-"""Options that several commands share, and what they stand for."""
+"""Options that several commands share, and how they are read."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JS
 
 
 def say(text: str, style: str | None = None) -> None:
-    """Tell a sentence as it is: nothing in it is markup, and a path in it is not broken."""
+    """Print a sentence to standard error as it is: nothing in it is markup, and a path in it is not broken."""
     console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -1,9 +1,7 @@
-"""Drawn scenes with exact label masks: the world of the embedded model pair, before any message or model.
+"""Drawn scenes with exact label masks, which the embedded model pair is trained and measured on.
 
 Indoor and yard scenes with objects of fourteen kinds that differ in shape and texture, seeded and drawn with OpenCV.
-The embedded pair is
-trained on them, the sample bag films them, and the tests measure on them. Backgrounds are procedural textures
-and photographs that scikit-image carries.
+The sample bag shows them too. Backgrounds are procedural textures and photographs that scikit-image carries.
 """
 
 from __future__ import annotations
@@ -328,7 +326,7 @@ class _Canvas:
         mask = np.zeros((_PATCH, _PATCH), np.uint8)
         corners = np.round(np.array(points) * _PATCH * 16).astype(np.int32)
         cv2.fillPoly(mask, [corners], 255, cv2.LINE_AA, 4)
-        self._lay(mask, colour, texture)
+        self._blend(mask, colour, texture)
 
     def ellipse(
         self,
@@ -350,13 +348,13 @@ class _Canvas:
             cv2.LINE_AA,
             4,
         )
-        self._lay(mask, colour, texture)
+        self._blend(mask, colour, texture)
 
     def stroke(self, start: tuple[float, float], end: tuple[float, float], width: float, colour: np.ndarray) -> None:
         mask = np.zeros((_PATCH, _PATCH), np.uint8)
         ends = [(_fixed(x), _fixed(y)) for x, y in (start, end)]
         cv2.line(mask, ends[0], ends[1], 255, max(1, round(width * _PATCH)), cv2.LINE_AA, 4)
-        self._lay(mask, colour, None)
+        self._blend(mask, colour, None)
 
     def box(
         self,
@@ -392,7 +390,7 @@ class _Canvas:
         x = np.linspace(-1, 1, _PATCH, dtype=np.float32)
         self.shade(1 + strength * (np.cos((x + 0.35) * 1.6) - 0.75))
 
-    def _lay(self, mask: np.ndarray, colour: np.ndarray, texture: str | None) -> None:
+    def _blend(self, mask: np.ndarray, colour: np.ndarray, texture: str | None) -> None:
         left, top, width, height = cv2.boundingRect(mask)
         if width == 0:
             return

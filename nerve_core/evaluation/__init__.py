@@ -1,1 +1,1 @@
-"""How good the masks are: the metric and the protocols."""
+"""Labelled images and variants of the method in, scores out: data sets, metric, workers, the paper's tables, tuning."""

@@ -1,4 +1,4 @@
-"""A folder of images with truth -> images and mask labels: the sets of the protocol, and any folder in the VOC layout.
+"""Labelled folders -> images and mask labels: the sets of the protocol, and any folder in the layout of VOC.
 
 What is in a folder is looked at before any model is loaded: the parts that must be there, every file of the split, and
 in a sample of the label files which of the encodings that go by the same name they hold. Nothing is downloaded.
@@ -106,11 +106,11 @@ class Dataset:
 
 
 def open_dataset(name: str, root: Path | str, *, limit: int | None = None) -> Dataset:
-    """The set of a name (one of `DATASETS`) that lies in the folder `root`.
+    """The set of a name (one of `DATASETS`) that is in the folder `root`.
 
     limit: the first N images of the split alone; the folder is checked for all of them.
     Raises DatasetError for an unknown name, a part or a file that is missing, or labels in an encoding that the set
-    does not know or that cannot be told from another.
+    does not know or that cannot be distinguished from another.
     """
     if name not in _SETS:
         raise DatasetError(f"data set {name!r} is unknown; choose one of {', '.join(DATASETS)}")
@@ -153,7 +153,7 @@ class _Encoding:
     """One way in which a set's label files are written.
 
     name: in words. files: their path, "{}" for the id. labels: mask label by raw value; no other value may occur.
-    shares: of the set's images that show a raw value, where two encodings have to be told apart by that.
+    shares: of the set's images that show a raw value, where two encodings have to be distinguished by that.
     """
 
     name: str
@@ -166,7 +166,7 @@ class _Encoding:
 class _Layout:
     """A set as it is published: where its files are, what they hold, and how it is asked for.
 
-    classes: file in classes/; "" for the folder's own classes.txt. places: where below the root it may lie.
+    classes: file in classes/; "" for the folder's own classes.txt. places: where below the root it may be.
     images: patterns, the first that is there. split: the list of ids; "" takes all images in the order of their names.
     encodings: of (number of classes), those named first are looked for first. has_ignored: whether nearly every
     published label file has pixels of 255. background_counts: whether label 0 is a class, or ignored. look_alikes:
@@ -195,7 +195,7 @@ def _voc_encodings(classes: int) -> tuple[_Encoding, ...]:
 
 def _context_encodings(classes: int) -> tuple[_Encoding, ...]:
     """Both are 0 to 59 with 0 for everything else: alphabetical as mmsegmentation writes them, or in the order of the
-    authors' own 59_labels.txt. Which classes an image shows together tells them apart."""
+    authors' own 59_labels.txt. Which classes an image shows together distinguishes them."""
     lines = [line.rsplit(" ", 1) for line in _lines(_CLASSES / "pascal-context-voc-first.txt")]
     shares = {name: int(count) / 5105 for name, count in lines}
     alphabetical, voc_first = sorted(shares), list(shares)
@@ -434,7 +434,7 @@ def _label_files(
 def _find_encoding(
     name: str, encodings: Sequence[_Encoding], files: Sequence[Path]
 ) -> tuple[_Encoding, list[frozenset[int]], tuple[str, ...]]:
-    """Which encoding the label files are in, told by the values in a sample of them; those values; and what a reader
+    """Which encoding the label files are in, by the values in a sample of them; those values; and what a reader
     has to know of it."""
     step = max(1, len(files) // _SAMPLED)
     sampled = files[::step][:_SAMPLED]
@@ -461,8 +461,8 @@ def _find_encoding(
             f"{len(sampled)} of them do not tell which it is: scores would be meaningless. Write them anew with the "
             f"converter that docs/evaluation.md names for {name}"
         )
-    told = f"told from {likely[1][1].name} by which classes {len(sampled)} of the files show"
-    note = f"labels are in {likely[0][1].name}, {told} (log likelihood ratio {sure:.0f})"
+    how = f"told from {likely[1][1].name} by which classes {len(sampled)} of the files show"
+    note = f"labels are in {likely[0][1].name}, {how} (log likelihood ratio {sure:.0f})"
     return likely[0][1], seen, (note,)
 
 
@@ -507,7 +507,7 @@ def _read_labels(path: Path) -> np.ndarray:
     with _opened(path) as image:
         if image.format != "PNG":
             raise DatasetError(f"{path} is {image.format}; labels must be PNG, which loses nothing")
-        # Pillow stretches grey of 1, 2 and 4 bits to 0..255 and calls it "L" all the same; its decoder's mode tells.
+        # Pillow stretches grey of 1, 2 and 4 bits to 0..255 and calls it "L" all the same; its decoder's mode shows it.
         mode = image.mode if image.mode != "L" else image.tile[0][3]
         if mode in ("RGB", "RGBA"):
             raise DatasetError(

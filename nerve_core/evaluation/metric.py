@@ -1,5 +1,4 @@
-"""Labels against truth: one confusion matrix over a set, the intersection over union that it gives, and how sure that
-is."""
+"""Predicted labels against true ones: a confusion matrix over a set, the intersection over union and its interval."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Room: scores -> scores that keep to the image's edges, between refinement and readout. By name."""
+"""Post-processing by name: scores -> scores that keep to the image's edges, between refinement and readout."""
 
 from __future__ import annotations
 

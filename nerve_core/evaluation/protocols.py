@@ -1,4 +1,4 @@
-"""The paper's tables: which variants stand in each, on which sets, and what others have published."""
+"""The paper's tables: which variants each compares, on which sets, and what others have published."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def table_variants(
 
 
 def count_heads(model: str, settings: Settings) -> int:
-    """How many self-attention heads a pair's taps have, told from the U-Net's description. Raises ModelError."""
+    """How many self-attention heads a pair's taps have, by the U-Net's description. Raises ModelError."""
     import torch
     from diffusers import UNet2DConditionModel
 

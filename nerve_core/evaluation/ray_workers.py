@@ -1,4 +1,4 @@
-"""The same on a Ray cluster: each worker an actor, which Ray starts again where it dies."""
+"""Workers of an evaluation on a Ray cluster: each is an actor, which Ray starts again where it dies."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class RayWorkers:
         Every machine of the cluster needs this package, and the set and the weights at the same paths. Raises
         RuntimeError without Ray.
         """
-        # Read when Ray is imported: nobody is told that it is used, and what is local keeps to the loopback address
+        # Read when Ray is imported: no usage is reported, and what is local keeps to the loopback address
         # (which is what that switch does, whatever its name).
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         if address == "local":
@@ -62,17 +62,17 @@ class RayWorkers:
                 f"Ray at {self._address!r} cannot be used: {reason}; give auto, local or HOST:PORT"
             ) from error
         kind = "GPU" if self._task.device.startswith("cuda") else "CPU"
-        room = int(ray.cluster_resources().get(kind, 0))
-        count = room if count is None else count
-        if not 0 < count <= room:
-            raise ValueError(f"{count} workers need a {kind} each, and the Ray cluster at {self._address!r} has {room}")
+        most = int(ray.cluster_resources().get(kind, 0))
+        count = most if count is None else count
+        if not 0 < count <= most:
+            raise ValueError(f"{count} workers need a {kind} each, and the Ray cluster at {self._address!r} has {most}")
         needs = {"num_gpus": 1} if kind == "GPU" else {"num_cpus": 1}
         actor = ray.remote(max_restarts=-1, max_task_retries=TRIES - 1, **needs)(Worker)
         self._actors = [actor.remote(self._task) for _ in range(count)]
 
     def run(self, jobs: Iterable[Job]) -> Iterator[Done | Failed]:
         """Results as they come. Raises RuntimeError for an image that ended its actor three times or a cluster that
-        is out of reach, and ValueError for more workers than it has room for."""
+        is out of reach, and ValueError for more workers than it has GPUs or processors."""
         if not self.started:
             self._start()
         waiting, idle = deque(jobs), deque(self._actors)

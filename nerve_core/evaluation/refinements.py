@@ -1,4 +1,4 @@
-"""Room: Q, K, G -> P as other systems make it. What the walk is compared with, by name.
+"""Q, K, G -> P by the refinements of other systems, which the walk is compared with, by name.
 
 All of them read the network's own self-attention, softmax(Q K^T / sqrt(D)) of each tapped head, whatever kernel the
 pair's walk uses, in float32, one head at a time: at 4096 tokens a map is 67 MB, and no more than three exist at once.
@@ -71,9 +71,9 @@ def iseg(Q: Tensor, K: Tensor, G: Tensor, *, products: int = ISEG_PRODUCTS, stre
     0, and its rows are normalised. Before the products and after each of them, the least of a column of P is taken from
     all of it and the column is divided by its sum.
 
-    That leaves columns that speak of places and no more of each other. iSeg is told which classes the image shows; here
-    each column is stretched from 0 to its greatest value in G, so that queries can be compared again (ours). Rows of P
-    are no distributions; a query that G has alike everywhere is 0.
+    After that each column ranks tokens, and columns cannot be compared. iSeg is given the classes that the image shows;
+    here each column is stretched from 0 to its greatest value in G, so that queries can be compared again (ours). Rows
+    of P are no distributions; a query that G has alike everywhere is 0.
     """
     A = _mean_attention(Q, K)
     A /= A.amax(0).clamp_min_(_TINY)

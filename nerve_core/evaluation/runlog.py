@@ -1,4 +1,4 @@
-"""What a run has found, on disk: one line for each image, added as it is done, checked when it is read again."""
+"""The log of an evaluation run: one line for each image, added as it is done, checked when it is read again."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class RunLog:
             self._sync()
 
     def close(self) -> None:
-        """Let what was written reach the disk, and give the folder free."""
+        """Write through to the disk, and release the folder."""
         self._sync()
         self._file.close()
 

@@ -1,4 +1,4 @@
-"""A set and variants of the method -> one confusion matrix for each: every image once, whatever happens meanwhile."""
+"""A set and variants of the method -> a confusion matrix for each: every image once, over interruptions too."""
 
 from __future__ import annotations
 
@@ -240,7 +240,7 @@ def run_set(
     """Count every image of a set once.
 
     folder: where results are kept, and taken up where the same run was left; None keeps them in memory alone.
-    keep_going: go on without images that cannot be done. watch: told how many images are done, and of how many.
+    keep_going: go on without images that cannot be done. watch: called with how many images are done, and of how many.
     Raises RunError for a folder that cannot be gone on with, RuntimeError or ValueError for an image that cannot be
     done (what was found is kept), OSError.
     """

@@ -1,4 +1,4 @@
-"""Counts -> what is reported: scores with their intervals, the published figures beside them, images to look at."""
+"""Counts -> a report: scores with their intervals, the published figures beside them, images to look at."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def draw_extremes(
 ) -> tuple[Picture, ...]:
     """Segment the images on which each variant did worst and best once more, and draw them below folder/pictures.
 
-    found: the `scores` of the result. What the report that lies in the folder shows already is not drawn again. Raises
+    found: the `scores` of the result. What the report in the folder shows already is not drawn again. Raises
     RuntimeError where an image can no longer be done, OSError.
     """
     wanted: list[tuple[str, str, str]] = []  # variant, rank, image

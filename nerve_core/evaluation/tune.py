@@ -94,8 +94,8 @@ def search(
     """The best settings found and all that were tried: one axis after the other, each time keeping the best, in rounds
     until a round changes nothing or `trials` are spent. Of equals the one that is there stays.
 
-    measured: mIoU of variants on the images to tune on, told the number of the pass and its axis. base: the settings
-    as they are. Raises ValueError for an axis that is unknown or fewer than two trials.
+    measured: mIoU of variants on the images to tune on, called with the number of the pass and its axis. base: the
+    settings as they are. Raises ValueError for an axis that is unknown or fewer than two trials.
     """
     unknown = [axis for axis in axes if axis not in AXES]
     if unknown or not axes:

@@ -1,4 +1,4 @@
-"""Image -> one mask for every variant of the method; what variants share of an image is worked out once."""
+"""Image -> one mask for every variant of the method; what variants share of an image is computed once."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ class Variants:
         branches: dict[DiffusionConfig, Segmenter] = {}
         for name, chosen in wanted.items():
             if chosen.clip not in towers or chosen.diffusion not in branches:
-                # What lies in the cache was embedded beside other words, by other threads: its last bits differ.
+                # What the cache has was embedded beside other words, by other threads: its last bits differ.
                 loaded = Segmenter.from_pretrained(
                     model, device=device, dtype=precision, settings=chosen.flat(), overlap=False, remember=False
                 )
@@ -225,7 +225,7 @@ def _transition_of(settings: Settings) -> tuple[Hashable, ...]:
 
 def _as_they_stand(segmenter: Segmenter, vocabulary: Vocabulary) -> QueryEmbeddings:
     """Every word a query, as protocols have it: no negative is left out for being near to a name, and no mean is added
-    to them, as `text.vocabulary_steps` does for a robot."""
+    to them, as `text.encoder.vocabulary_steps` does for a robot."""
     named = [(word, label) for label, words in enumerate(vocabulary.synonyms, 1) for word in words]
     words = [*named, *((word, 0) for word in vocabulary.negatives or ())]
     embeddings = segmenter.text([word for word, _ in words])
@@ -239,8 +239,8 @@ def _pixels(image: np.ndarray, device: torch.device) -> Tensor:
 
 
 class _Once:
-    """What is worked out of one image, at most once, with the time that it took: each variant is told the time that it
-    would take by itself."""
+    """What is computed of one image, at most once, with the time that it took: a variant's time is what it would take
+    by itself."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

@@ -113,7 +113,7 @@ class Worker:
     """A model that counts one image after the other; it is loaded when the first comes."""
 
     def __init__(self, task: Task) -> None:
-        """Nothing is loaded yet, so that what is wrong can be told as an answer."""
+        """Nothing is loaded yet, so that what is wrong with the model is an answer too (`Failed`)."""
         self._task = task
         self._variants: Variants | None = None
 
@@ -247,7 +247,7 @@ def _ready(connections: Collection[Connection]) -> list[Connection]:
 
 
 class _Child:
-    """One process and the line to it."""
+    """One process and the connection to it."""
 
     def __init__(self, task: Task, number: int) -> None:
         ours, theirs = socket.socketpair()
@@ -278,7 +278,7 @@ def serve() -> None:
         while True:
             connection.send(worker(connection.recv()))
     except (EOFError, OSError):
-        return  # whoever started this has closed the line, or is gone
+        return  # whoever started this has closed the connection, or is gone
 
 
 def _placed(task: Task, number: int) -> Task:

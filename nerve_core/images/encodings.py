@@ -1,11 +1,13 @@
-"""Room: message -> numpy: the one place that knows encodings, steps and image buffers; the node and the replay of bags
-read alike, so that a picture gives the same mask on every way and on every installation.
+"""Image messages -> RGB or label arrays: every encoding of sensor_msgs/Image and CompressedImage that can be read.
+
+The node and the replay of bags both read images here, so that an image gives the same mask in both and on every
+installation.
 
 :func:`check_image` is cheap and says whether a message can be read at all; :func:`to_rgb` reads it, by OpenCV alone. A
 message is whatever has the fields of sensor_msgs/Image (`encoding`, `height`, `width`, `step`, `is_bigendian`, `data`)
 or of sensor_msgs/CompressedImage (`format`, `data`), and a `header`, as those of rclpy and of rosbags have them.
 
-A message is a stranger's: no buffer is made and no decoder sees a byte before its size is known and bounded.
+Messages are not trusted: no buffer is made and no decoder sees a byte before the size is known and bounded.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ MAX_FRAME_ID = 1024
 """Characters of a header's frame_id, at most: it goes out again with every message about the image."""
 
 _MAX_SEGMENTS = 1000
-"""Parts of a JPEG before its size is told, at most; cameras write about ten."""
+"""Parts of a JPEG before the one with its size, at most; cameras write about ten."""
 
 _MAX_CHUNKS = 50_000
 """Parts of a PNG, at most; of a large one each holds some kB."""
@@ -60,7 +62,7 @@ class ImageError(ValueError):
 
 @dataclass(frozen=True)
 class _Encoding:
-    """How one encoding lies in a message's data and how it becomes RGB.
+    """How one encoding is stored in a message's data and how it becomes RGB.
 
     `convert` takes the rows, uint8 [rows, width * bytes_per_pixel], not always contiguous, and whether numbers of
     several bytes begin with the highest; it returns uint8 [height, width, 3] RGB. There are `rows_per_height` rows of
@@ -188,12 +190,13 @@ def _check_size(width: int, height: int) -> None:
 
 def _check_compressed(message: Message) -> None:
     # By what the data are, never by what `format` says: only JPEG and PNG may reach OpenCV's many decoders.
-    data, told = message.data.tobytes(), message.format[:40]
+    data, kind = message.data.tobytes(), message.format[:40]
     if not data:
         raise ImageError("data", "the compressed image is empty; accepted: JPEG, PNG")
     if "compressedDepth" in message.format:
         raise ImageError(
-            "encoding", f"the compressed image (format {told!r}) is one of depth, without colours; accepted: JPEG, PNG"
+            "encoding",
+            f"the compressed image (format {kind!r}) is one of depth, without colours; accepted: JPEG, PNG",
         )
     if data.startswith(_JPEG):
         _check_jpeg(data)
@@ -202,7 +205,7 @@ def _check_compressed(message: Message) -> None:
     else:
         raise ImageError(
             "encoding",
-            f"the compressed image (format {told!r}) begins with the bytes {data[:8].hex(' ')}: it is neither JPEG nor "
+            f"the compressed image (format {kind!r}) begins with the bytes {data[:8].hex(' ')}: it is neither JPEG nor "
             "PNG; accepted: JPEG, PNG",
         )
 
@@ -301,7 +304,7 @@ def to_labels(message: Message) -> np.ndarray:
 
 
 def _decode(message: Message) -> np.ndarray:
-    # The pixels as they lie: a camera's orientation tag would turn the mask away from camera_info.
+    # The pixels as stored: a camera's orientation tag would turn the mask away from camera_info.
     flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
     try:
         image = cv2.imdecode(np.frombuffer(message.data, np.uint8), flags)

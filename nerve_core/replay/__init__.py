@@ -1,1 +1,1 @@
-"""A recording, segmented frame by frame without ROS: bag -> frames -> masks -> bag, video, measures."""
+"""A recorded bag in; a bag of masks, videos and measures out: segmentation of a recording without ROS."""

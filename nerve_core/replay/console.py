@@ -1,4 +1,4 @@
-"""Behind the way bag -> masks -> bag: what a person at a terminal sees of a replay."""
+"""What `nerve replay` prints: a progress bar, then the figures of the replay and where its files are."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Room: messages of a bag -> frames: images as arrays, each with its stamp and, where the bag has them, its labels."""
+"""Messages of a bag -> frames: images as arrays, each with its stamp and, where the bag has them, its labels."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from .salvage import Stored
 
 BACKGROUND_NAME = "background"
 LABELS_WAIT = 10**9
-"""Nanoseconds that an image's labels may lie behind it in the bag."""
+"""Nanoseconds by which an image's labels may follow it in the bag."""
 REASONS = 20
-"""Reasons for lost images that are told apart, at most; the others are counted together."""
+"""Reasons for lost images that are counted apart, at most; the others are counted together."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Selection:
         )
 
     def count(self, bag: Bag) -> int | None:
-        """How many images it will be, by what the bag says of itself; None where that cannot be told beforehand."""
+        """How many images it will be, by the bag's own counts; None for a part of its time, which has no count."""
         if self.start or self.duration is not None:
             return None
         counts = [sum(topic.count for topic in bag.images() if topic.name == name) for name in self.topics]
@@ -118,8 +118,8 @@ def choose_topics(bag: Bag, asked: Sequence[str], labels_topic: str | None = Non
 
 
 def _listed(topics: Sequence[Topic]) -> str:
-    told = ", ".join(f"{topic.name} ({topic.kind}, {topic.count})" for topic in topics)
-    return f"the image topics {told}" if told else "no image topic"
+    listed = ", ".join(f"{topic.name} ({topic.kind}, {topic.count})" for topic in topics)
+    return f"the image topics {listed}" if listed else "no image topic"
 
 
 class Truth:
@@ -195,7 +195,7 @@ class Truth:
 
 
 def label_names(bag: Bag, topic: str | None, beside: str) -> dict[int, str]:
-    """The names of labels by number, as a LabelInfo of the bag tells them: of `topic`, or of the topic label_info
+    """The names of labels by number, as a LabelInfo of the bag has them: of `topic`, or of the topic label_info
     beside the topic `beside`, or of the only one that there is. Raises BagError."""
     there = [one.name for one in bag.topics if one.kind == LABEL_INFO and one.count]
     near = f"{base_topic(beside).rpartition('/')[0]}/label_info"
@@ -204,8 +204,8 @@ def label_names(bag: Bag, topic: str | None, beside: str) -> dict[int, str]:
     if chosen is None and len(there) == 1:
         chosen = there[0]
     if chosen not in there:
-        told = f"it has {', '.join(there)}" if there else "it has no vision_msgs/LabelInfo at all"
-        raise BagError(f"{bag.path} does not say which label is which name; {told}; give its topic")
+        found = f"it has {', '.join(there)}" if there else "it has no vision_msgs/LabelInfo at all"
+        raise BagError(f"{bag.path} does not say which label is which name; {found}; give its topic")
     for stored in bag.messages([chosen]):
         try:
             message = bag.deserialize(stored)
@@ -221,8 +221,8 @@ def read_vocabulary(bag: Bag, topic: str) -> Vocabulary:
     name = f"/{topic.lstrip('/')}"
     kinds = {one.kind for one in bag.topics if one.name == name}
     if not kinds & {VOCABULARY, STRING, LABEL_INFO}:
-        told = f"is of type {', '.join(sorted(kinds))}" if kinds else f"is not in {bag.path}"
-        raise BagError(f"the topic {name} {told}; accepted: {VOCABULARY}, {STRING}, {LABEL_INFO}; or give --names")
+        fault = f"is of type {', '.join(sorted(kinds))}" if kinds else f"is not in {bag.path}"
+        raise BagError(f"the topic {name} {fault}; accepted: {VOCABULARY}, {STRING}, {LABEL_INFO}; or give --names")
     for stored in bag.messages([name]):
         try:
             message = bag.deserialize(stored)

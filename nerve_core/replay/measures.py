@@ -1,4 +1,4 @@
-"""Room: masks -> figures: how steady they are over time, how sure, and where the bag has labels, how good."""
+"""Masks -> figures: how steady they are over time, how confident and, where the bag has labels, how good."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Room: masks -> messages, and the types of all messages that a replay reads or writes, without ROS."""
+"""Masks -> ROS messages, and the types of all messages that a replay reads or writes, without ROS."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def typestore(ros1: bool = False) -> Typestore:
 
 
 def _own_definitions() -> dict[str, str]:
-    # Installed, the files lie beside this module (setup.py and CMakeLists.txt lay them there); in a clone, in msg/.
+    # Installed, the files are beside this module (setup.py and CMakeLists.txt put them there); in a clone, in msg/.
     here = Path(__file__).parent / "msg"
     folder = here if here.is_dir() else Path(__file__).parents[2] / "msg"
     found = {f"nerve_ros/msg/{path.stem}": path.read_text() for path in sorted(folder.glob("*.msg"))}

@@ -1,4 +1,4 @@
-"""Room: bag -> messages: rosbag2 (mcap, sqlite3, compressed or not) and ROS 1 bags, whole or damaged, without ROS."""
+"""Bags -> messages: rosbag2 (mcap, sqlite3, compressed or not) and ROS 1 bags, whole or damaged, without ROS."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class Bag:
             ) from error
         self._scratch = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
         self._note(f"the bag cannot be opened as a whole ({_said(error)}); what its storage files still hold was read")
-        for name in _told_files(self.path):
+        for name in _listed_files(self.path):
             if not (self.path / name).exists():
                 self._note(f"{name} is missing: metadata.yaml names it")
         counted, self.start = Counter[tuple[str, str]](), 0
@@ -109,7 +109,7 @@ class Bag:
     def messages(self, topics: Collection[str], start: int | None = None, stop: int | None = None) -> Iterator[Stored]:
         """The messages of `topics` in the order of time. start, stop: log times in nanoseconds, stop not included.
 
-        Where the bag turns out to be damaged on the way, what its files still hold follows, and `notes` say so.
+        Where the bag turns out to be damaged, what its files still hold follows, and `notes` say so.
         """
         last, at_last = -1, Counter[tuple[str, str]]()
         if self._reader is not None:
@@ -162,11 +162,11 @@ class Bag:
         self.notes[sentence] = None
 
 
-def _told_files(bag: Path) -> list[str]:
+def _listed_files(bag: Path) -> list[str]:
     """The storage files that metadata.yaml names; none where it cannot be read."""
     try:
-        told = yaml.safe_load((bag / "metadata.yaml").read_text())["rosbag2_bagfile_information"]["relative_file_paths"]
-        return [Path(name).name for name in told]
+        metadata = yaml.safe_load((bag / "metadata.yaml").read_text())
+        return [Path(name).name for name in metadata["rosbag2_bagfile_information"]["relative_file_paths"]]
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
         return []
 

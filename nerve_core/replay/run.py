@@ -1,4 +1,4 @@
-"""Room: bag -> masks -> bag, video, report: the offline replay, start to end."""
+"""The offline replay from start to end: a bag -> masks -> a bag of masks, videos and a report."""
 
 from __future__ import annotations
 
@@ -109,8 +109,8 @@ def replay(
     """Segment every image of `selection` in the bag at `path`, and write what came of it into the folder `out`.
 
     bag, video: whether out/bag and out/<camera>.webm are written. labels_topic: of the truth of the only camera;
-    label_info_topic: where its names are told, where that cannot be guessed. pair: what the segmenter was loaded by,
-    for the report to tell which settings are not the pair's own. seen: called with each frame and its segmentation, on
+    label_info_topic: where its names are, where that cannot be guessed. pair: what the segmenter was loaded by, for
+    the report to mark which settings are not the pair's own. seen: called with each frame and its segmentation, on
     this thread.
     Decoding, writing and measuring overlap the segmentation. An interrupt (Ctrl-C) ends the replay in order: what is
     done until then is in the bag, the video and the report.
@@ -123,7 +123,7 @@ def replay(
         raise ValueError("previous_frame_start takes one camera at a time: each image would start from another's")
     if labels_topic is not None and len(selection.topics) > 1:
         raise ValueError("labels are of one camera: give one image topic with them")
-    cv2.setNumThreads(1)  # OpenCV's own threads would come in the way of the segmentation's
+    cv2.setNumThreads(1)  # OpenCV's own threads would compete with the segmentation's
     queries = segmenter.embed(vocabulary)
     out.mkdir(parents=True, exist_ok=True)
     cameras = camera_names(selection.topics)

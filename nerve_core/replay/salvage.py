@@ -1,4 +1,4 @@
-"""Room: damaged storage files -> messages: what can still be read of a bag whose reader has given up on it.
+"""Damaged storage files -> messages: what can still be read of a bag whose reader has given up on it.
 
 A file is gone through from its beginning, chunk by chunk (mcap) or row by row (sqlite3), without its index, which a
 recording that was cut off does not have.
@@ -25,7 +25,7 @@ Problem = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Stored:
-    """One message as it lies in a bag: topic, type ("sensor_msgs/msg/Image"), log time in nanoseconds, its bytes."""
+    """One message of a bag, serialised: topic, type ("sensor_msgs/msg/Image"), log time in nanoseconds, its bytes."""
 
     topic: str
     kind: str

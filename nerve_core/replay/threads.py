@@ -1,4 +1,4 @@
-"""Beside the way bag -> masks -> bag: what runs ahead of the segmentation and behind it, in order and bounded."""
+"""Threads beside the segmentation: what runs ahead of it and behind it, in order, with bounded queues."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _POLL = 0.1
 
 
 class Ahead(Generic[T]):
-    """What an iterator gives, in its order, worked out on a thread of its own up to DEPTH items ahead.
+    """What an iterator gives, in its order, computed on a thread of its own up to DEPTH items ahead.
 
-    Raises what the iterator raises, where its turn comes. Close it when done, at its end or before.
+    Raises what the iterator raises, in its place in that order. Close it when done, at its end or before.
     """
 
     def __init__(self, items: Iterator[T]) -> None:
@@ -79,7 +79,7 @@ class Behind:
         self._thread.start()
 
     def put(self, *item: Any) -> None:
-        """Leave an item; waits while there is no room. Raises what went wrong with one before it."""
+        """Leave an item; waits while the queue is full. Raises what went wrong with one before it."""
         while True:
             self._check()
             with contextlib.suppress(queue.Full):

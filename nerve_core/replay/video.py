@@ -1,4 +1,4 @@
-"""Room: masks -> video: overlays in the recording's own time, as a file that browsers play."""
+"""Masks -> video: overlays in the recording's own time, as a file that browsers play."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class OverlayVideo:
             self._put(writer, picture, max(1, round(lasts / self._interval)))
 
     def _put(self, writer: cv2.VideoWriter, picture: np.ndarray, times: int) -> None:
-        if picture.shape[1::-1] != self._size:  # a camera that changed its size on the way
+        if picture.shape[1::-1] != self._size:  # a camera that changed its size meanwhile
             picture = cv2.resize(picture, self._size, interpolation=cv2.INTER_AREA)
         for _ in range(times):
             writer.write(picture)

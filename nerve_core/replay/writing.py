@@ -1,4 +1,4 @@
-"""Room: masks -> bag: what the node would have published of a recording, under the recording's own stamps."""
+"""Masks -> bag: what the node would have published of a recording, under the recording's own stamps."""
 
 from __future__ import annotations
 
@@ -58,13 +58,13 @@ class ResultBag:
             }
             for name in camera_names(topics)
         ]
-        self._told: set[int] = set()
+        self._explained: set[int] = set()  # cameras whose label_info is written
 
     def take(self, frame: Frame, found: Segmentation) -> None:
         """Write what there is to say of one image; before a camera's first, what its labels mean."""
         header = header_message(frame.stamp, frame.frame_id)
-        if frame.camera not in self._told:
-            self._told.add(frame.camera)
+        if frame.camera not in self._explained:
+            self._explained.add(frame.camera)
             self._write(frame, "label_info", label_info_message(header, self._names, self._threshold))
         self._write(frame, "mask", mono8_message(header, found.labels))
         self._write(frame, "confidence", mono8_message(header, confidence_of(found)))

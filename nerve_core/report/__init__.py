@@ -1,4 +1,4 @@
-"""What was measured, as one page that opens anywhere, and as JSON and CSV."""
+"""A run's figures in; a page that opens anywhere, JSON and CSV out; and two runs on one page."""
 
 from .compare import write_comparison
 from .data import Camera, Curve, Live, Picture, Presence, Published, Report, Score, SetScores

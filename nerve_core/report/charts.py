@@ -1,6 +1,6 @@
-"""Room: series of numbers -> small charts, as SVG whose colours are the page's own, and strips of pixels.
+"""Series of numbers -> small charts, as SVG whose colours are the page's own, and strips of pixels.
 
-No text of a user's gets in here: names, titles and legends are the page's, which knows every alphabet and escapes them.
+No text from a user gets in here: names, titles and legends are the page's, which knows every alphabet and escapes them.
 """
 
 from __future__ import annotations
@@ -206,5 +206,5 @@ def _svg(figure: Figure) -> str:
     text = re.sub(r" font-family: [^;\"]*;?", "", text)  # the page's
     text = re.sub(r"(\d\.\d\d)\d+", r"\1", text)
     text = re.sub(r"#01010[12]|#01020[0-5]", lambda found: _PAGE_COLOURS[found[0]], text)
-    text = re.sub(r' (?:width|height)="[\d.]+pt"', "", text, count=2)  # as wide as the page has room
+    text = re.sub(r' (?:width|height)="[\d.]+pt"', "", text, count=2)  # as wide as the page lets it be
     return re.sub(r"\n\s*", "\n", text)

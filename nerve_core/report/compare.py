@@ -1,4 +1,4 @@
-"""Room: two runs' folders -> one page that sets them side by side, what differs between them first."""
+"""Two runs' folders -> one page that shows them side by side, what differs between them first."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def write_comparison(a: Path, b: Path, out: Path) -> Path:
 
 
 def differences(a: Report, b: Report) -> list[tuple[str, str, str]]:
-    """(what, in a, in b) of everything that two runs were told or ran on and that is not the same."""
+    """(what, in a, in b) of everything that two runs were given or ran on and that is not the same."""
     rows: list[tuple[str, Any, Any]] = [
         (name, getattr(a, name), getattr(b, name)) for name in ("command", "model", "device", "source")
     ]

@@ -1,4 +1,4 @@
-"""Room: figures -> report. What a run has to say, as plain values; results.json holds exactly this."""
+"""The figures of a run as plain values: the schema of results.json."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Picture:
 @dataclass(frozen=True)
 class SetScores:
     """All variants on one set. labels: the names of the label numbers, "background" first. images: in the whole set,
-    of which a run may have been told to take fewer. notes: what was found in its folder, for a reader to know."""
+    of which a run may take fewer. notes: what was found in its folder, for a reader to know."""
 
     name: str
     title: str
@@ -144,7 +144,7 @@ class Live:
 
     Ages and jitter in ms, from an image's publishing to its mask's arrival; jitter is the standard deviation of the
     time between masks. cpu: cores used by the node, in the mean. memory_mb: resident, at its greatest. equal: masks
-    equal to those worked out offline; different: (frame, share of pixels) of those that are not.
+    equal to those computed offline; different: (frame, share of pixels) of those that are not.
     """
 
     topic: str

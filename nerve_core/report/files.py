@@ -1,4 +1,4 @@
-"""Room: a report -> its files, and back. results.json holds it whole; the CSV files hold its tables."""
+"""A report -> its files, and back: results.json holds all of it, the CSV files hold its tables."""
 
 from __future__ import annotations
 

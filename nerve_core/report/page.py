@@ -1,4 +1,4 @@
-"""Room: a report -> one HTML file that needs nothing beside it: no script, no request, no font of ours."""
+"""A report -> one HTML file that needs nothing beside it: no script, no request, no font file."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def changed_settings(report: Report) -> list[tuple[str, Any, Any]]:
     ]
 
 
-def telling(score: Score, scores: Sequence[Score], settings: Mapping[str, Any]) -> dict[str, Any]:
+def distinguishing(score: Score, scores: Sequence[Score], settings: Mapping[str, Any]) -> dict[str, Any]:
     """What makes a variant that variant: those of its settings that are not the run's, or not all the variants'."""
     return {
         name: value
@@ -204,7 +204,7 @@ def class_rows(scores: Sequence[Score], labels: Sequence[str]) -> list[tuple[int
 
 
 def parts(rows: Sequence[Any], least: int = 16, most: int = 4) -> list[Sequence[Any]]:
-    """Rows in at most `most` equal parts of at least `least`, to stand side by side where there is room."""
+    """Rows in at most `most` equal parts of at least `least`, to stand side by side where the page is wide enough."""
     count = max(1, min(most, len(rows) // least))
     size = -(-len(rows) // count) if rows else 1
     return [rows[start : start + size] for start in range(0, len(rows), size)]
@@ -345,7 +345,7 @@ def environment() -> Environment:
         "charts": charts,
         "worst_first": worst_first,
         "files_of": files_of,
-        "telling": telling,
+        "distinguishing": distinguishing,
         "matrix": matrix,
         "confusions": confusions,
         "class_rows": class_rows,

@@ -1,4 +1,4 @@
-"""Room: an image and its labels -> small pictures to look at, as files beside the report."""
+"""An image and its labels -> small pictures to look at, as files beside the report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Embeddings kept from one run to the next: one SQLite file of arrays, by what made them and what they are of."""
+"""Text embeddings on disk, from one run to the next: arrays in one SQLite file, by model and word."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class EmbeddingCache:
     """Float32 arrays on disk by (space, name), for several threads and processes at once.
 
     A cache is never a reason to fail: a damaged file is replaced, and where the folder cannot be read or written the
-    run goes on without; each is said once, as a warning. Reads never write, so that a read-only folder serves.
+    run goes on without; each is logged once, as a warning. Reads never write, so that a read-only folder serves.
     """
 
     def __init__(self, folder: Path, *, limit: int = LIMIT) -> None:
@@ -149,7 +149,7 @@ class EmbeddingCache:
 
     @contextlib.contextmanager
     def _transaction(self, kind: str) -> Iterator[sqlite3.Connection]:
-        """A connection of its own each time, which no thread or fork can mind. IMMEDIATE may write."""
+        """A transaction on a connection of its own, so that threads and forks share none. IMMEDIATE may write."""
         writes = kind == "IMMEDIATE"
         if writes:
             self.path.parent.mkdir(parents=True, exist_ok=True)

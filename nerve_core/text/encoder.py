@@ -1,4 +1,4 @@
-"""Names -> queries -> text embeddings: the vocabulary part, worked out once per vocabulary and never per frame."""
+"""Names, synonyms and negatives -> query embeddings by CLIP's text model: once per vocabulary, never per frame."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class TextEncoder:
         identity: str,
         cache: EmbeddingCache | None = None,
     ) -> None:
-        """templates: each with one "{}". identity: what tells these weights and their precision from any others."""
+        """templates: each with one "{}". identity: of these weights at their precision, and of no others."""
         wrong = [template for template in templates if template.count("{}") != 1]
         if wrong or not templates:
             raise ValueError(f"every template needs exactly one {{}}; got {wrong or 'none'}")
@@ -89,7 +89,7 @@ class TextEncoder:
         return torch.from_numpy(stacked).to(self._clip.device)
 
     def close(self) -> None:
-        """Let the disk know which words were used, which it keeps longest."""
+        """Record in the cache which words were used: it keeps those longest."""
         if self._cache is not None:
             self._cache.close()
 
@@ -172,7 +172,7 @@ def vocabulary_steps(
     *,
     mean_negative: bool = True,
 ) -> Generator[None, None, QueryEmbeddings]:
-    """Names, synonyms and negatives as queries, a little at a time: yields where something else may have its turn, see
+    """Names, synonyms and negatives as queries, a little at a time: yields where the caller may do something else, see
     `TextEncoder.steps`.
 
     A negative that is one of the names' words, or whose cosine with one is above `SAME_MEANING`, is left out. With

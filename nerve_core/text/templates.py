@@ -1,4 +1,4 @@
-"""Prompt templates, by name: what a name is put into before CLIP reads it.
+"""Prompt templates by name: the sentences that a name is put into before CLIP reads it.
 
 `imagenet80` is the set that the CLIP authors published for ImageNet (Radford et al. 2021, MIT licence), which the
 literature on open-vocabulary segmentation uses; `cliper15` is the set that CLIPer (Sun et al., arXiv 2411.13836)

@@ -1,4 +1,4 @@
-"""What to look for: names, their synonyms and what else a pixel may be; the rules they keep. No tensors in here."""
+"""The vocabulary: names to look for, their synonyms and negatives, and the rules for them. No tensors in here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A real browser without a screen: opens a page, tells what it asked for and complained of, and takes its picture."""
+"""A real browser without a screen: opens a page, lists its requests and its errors, and takes its picture."""
 
 from __future__ import annotations
 

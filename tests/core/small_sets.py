@@ -45,7 +45,7 @@ def died(notes: Path) -> int:
     return len(notes.read_text()) if notes.exists() else 0
 
 
-class Told:
+class KnownAnswers:
     """Workers that know every answer: the truth shifted by one label for each tenth pixel, in a given order."""
 
     def __init__(self, task, order=lambda jobs: jobs, stop_after=None):
@@ -63,7 +63,7 @@ class Told:
 
 
 def answer(task, sample) -> Done:
-    """What `Told` says of an image."""
+    """What `KnownAnswers` says of an image."""
     _, truth = task.dataset.load(sample)
     counts = {}
     for place, variant in enumerate(task.variants):

@@ -150,8 +150,8 @@ def test_pull_stops_before_the_download_where_one_part_cannot_be_had(nerve, hub,
 
 def test_pull_refuses_a_full_disk_for_the_pair_as_a_whole(nerve, hub, pair, monkeypatch):
     clip = sum(map(len, hub.repositories[NAMES["clip"]].values()))
-    room_for_one = SimpleNamespace(free=clip + weights._SPARE_BYTES + 1)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: room_for_one)
+    space_for_one = SimpleNamespace(free=clip + weights._SPARE_BYTES + 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: space_for_one)
     code, out, err = nerve("pull", pair)
     assert code == 2
     assert "are to be fetched; free some" in err

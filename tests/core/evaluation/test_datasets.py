@@ -1,4 +1,4 @@
-"""The sets of the protocol: every remap by an exact confusion matrix, and what a wrong folder or file is told."""
+"""The sets of the protocol: every remap by an exact confusion matrix, and the error for a wrong folder or file."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def coco_files(suffix: str) -> dict[str, str]:
     return {"images": "images/val2017/{}.jpg", "labels": f"annotations/val2017/{{}}{suffix}.png"}
 
 
-# set -> (files, table, whether a palette, files with known values that tell the encoding)
+# set -> (files, table, whether a palette, files with known values that show the encoding)
 ENCODINGS = {
     "voc21": ("voc21", VOC_FILES, PLAIN_20, True),
     "voc20": ("voc20", VOC_FILES, [(0, 0, 255), (1, 20, 1), (255, 255, 255)], True),

@@ -25,7 +25,7 @@ from nerve_core.evaluation.scenes import DrawnScenes
 from nerve_core.evaluation.summary import scores
 from nerve_core.evaluation.variants import Variant
 from nerve_core.evaluation.workers import Failed, InProcess, Job, Processes
-from small_sets import SIZE, SmallScenes, Told, died
+from small_sets import SIZE, KnownAnswers, SmallScenes, died
 
 ROWS = (Variant("nerve"), Variant("none", refine="none"))
 
@@ -41,10 +41,10 @@ def bytes_of(result):
 
 
 @pytest.fixture
-def told():
+def known():
     """A task and its answers without a model, and what they amount to."""
     task = task_of(6)
-    return task, run_set(task, Told(task))
+    return task, run_set(task, KnownAnswers(task))
 
 
 @pytest.fixture(scope="module")
@@ -86,18 +86,18 @@ def test_two_processes_find_the_same_to_the_byte_and_one_that_is_killed_loses_no
 
 
 @pytest.mark.parametrize("order", [lambda jobs: jobs[::-1], lambda jobs: jobs[3:] + jobs[:3]], ids=["back", "turned"])
-def test_the_order_of_images_changes_nothing(told, order, tmp_path):
-    task, expected = told
-    found = run_set(task, Told(task, order), folder=tmp_path / "run")
+def test_the_order_of_images_changes_nothing(known, order, tmp_path):
+    task, expected = known
+    found = run_set(task, KnownAnswers(task, order), folder=tmp_path / "run")
     assert bytes_of(found) == bytes_of(expected)
     assert found.tally.image_scores("nerve") == expected.tally.image_scores("nerve")
 
 
-def test_the_time_of_a_finished_run_is_told_again(told, tmp_path):
-    task, _ = told
-    run_set(task, Told(task), folder=tmp_path / "run")
+def test_the_time_of_a_finished_run_is_reported_again(known, tmp_path):
+    task, _ = known
+    run_set(task, KnownAnswers(task), folder=tmp_path / "run")
     seen = []
-    again = Told(task)
+    again = KnownAnswers(task)
     found = run_set(task, again, folder=tmp_path / "run", watch=lambda done, images: seen.append((done, images)))
     assert again.done == [], "a finished run does nothing"
     assert seen == [(6, 6)]
@@ -108,16 +108,16 @@ def test_the_time_of_a_finished_run_is_told_again(told, tmp_path):
 # --- kept, and gone on with ---
 
 
-def test_a_run_that_was_cut_anywhere_goes_on_and_does_the_missing_images_alone(told, tmp_path):
-    task, expected = told
-    run_set(task, Told(task), folder=tmp_path / "run")
+def test_a_run_that_was_cut_anywhere_goes_on_and_does_the_missing_images_alone(known, tmp_path):
+    task, expected = known
+    run_set(task, KnownAnswers(task), folder=tmp_path / "run")
     path = tmp_path / "run" / "images.jsonl"
     whole = path.read_bytes()
     ends = [k + 1 for k, byte in enumerate(whole) if byte == 10]
     cuts = {0, 1, *ends, *(end - 1 for end in ends), *(end + 7 for end in ends[:-1]), *range(3, len(whole), 997)}
     for cut in sorted(cuts):
         path.write_bytes(whole[:cut])
-        workers = Told(task)
+        workers = KnownAnswers(task)
         found = run_set(task, workers, folder=tmp_path / "run")
         kept = sum(end <= cut for end in ends)
         assert workers.done == [f"{k:06d}" for k in range(kept, 6)], f"cut at byte {cut}"
@@ -125,37 +125,37 @@ def test_a_run_that_was_cut_anywhere_goes_on_and_does_the_missing_images_alone(t
         assert path.read_bytes() == whole, "the file is whole again"
 
 
-def test_a_last_line_of_rubbish_is_cut_off(told, tmp_path):
-    task, expected = told
-    run_set(task, Told(task), folder=tmp_path / "run")
+def test_a_last_line_of_rubbish_is_cut_off(known, tmp_path):
+    task, expected = known
+    run_set(task, KnownAnswers(task), folder=tmp_path / "run")
     path = tmp_path / "run" / "images.jsonl"
     whole = path.read_bytes()
     for rubbish in (b"\0" * 4096, b"\xff\xfe\n", b"{}\n", whole[:40] + b"\n"):
         path.write_bytes(whole + rubbish)
-        assert bytes_of(run_set(task, Told(task), folder=tmp_path / "run")) == bytes_of(expected)
+        assert bytes_of(run_set(task, KnownAnswers(task), folder=tmp_path / "run")) == bytes_of(expected)
         assert path.read_bytes() == whole
 
 
 @pytest.mark.parametrize("damage", [(b"[0, 0, ", b"[0, 0, 1"), (b'"image": "0', b'"image": "1'), (b"\n", b"")])
-def test_a_damaged_line_is_refused_with_its_number(told, tmp_path, damage):
-    task, _ = told
-    run_set(task, Told(task), folder=tmp_path / "run")
+def test_a_damaged_line_is_refused_with_its_number(known, tmp_path, damage):
+    task, _ = known
+    run_set(task, KnownAnswers(task), folder=tmp_path / "run")
     path = tmp_path / "run" / "images.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
     lines[2] = lines[2].replace(*damage, 1)
     path.write_bytes(b"".join(lines))
     with pytest.raises(RunError, match=r"images.jsonl, line 3: damaged"):
-        run_set(task, Told(task), folder=tmp_path / "run")
+        run_set(task, KnownAnswers(task), folder=tmp_path / "run")
     assert path.read_bytes() == b"".join(lines), "nothing of it is lost"
 
 
-def test_an_image_may_be_there_twice_if_both_times_say_the_same(told, tmp_path):
-    task, expected = told
-    run_set(task, Told(task), folder=tmp_path / "run")
+def test_an_image_may_be_there_twice_if_both_times_say_the_same(known, tmp_path):
+    task, expected = known
+    run_set(task, KnownAnswers(task), folder=tmp_path / "run")
     path = tmp_path / "run" / "images.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join([*lines, lines[1]]))
-    assert bytes_of(run_set(task, Told(task), folder=tmp_path / "run")) == bytes_of(expected)
+    assert bytes_of(run_set(task, KnownAnswers(task), folder=tmp_path / "run")) == bytes_of(expected)
     log = RunLog(tmp_path / "run", describe(task))
     content = [line for _, line in log.read()][1]
     content.pop("sha256", None)
@@ -163,7 +163,7 @@ def test_an_image_may_be_there_twice_if_both_times_say_the_same(told, tmp_path):
     log.append(content)
     log.close()
     with pytest.raises(RunError, match="line 8: image '000001' was counted before, and differently"):
-        run_set(task, Told(task), folder=tmp_path / "run")
+        run_set(task, KnownAnswers(task), folder=tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -179,13 +179,13 @@ def test_an_image_may_be_there_twice_if_both_times_say_the_same(told, tmp_path):
         ({"image": "000000", "counts": 3, "seconds": 3}, "line 1"),
     ],
 )
-def test_a_line_that_is_not_of_this_run_is_refused(told, tmp_path, content, said):
-    task, _ = told
+def test_a_line_that_is_not_of_this_run_is_refused(known, tmp_path, content, said):
+    task, _ = known
     log = RunLog(tmp_path / "run", describe(task))
     log.append(content)
     log.close()
     with pytest.raises(RunError, match=said):
-        run_set(task, Told(task), folder=tmp_path / "run")
+        run_set(task, KnownAnswers(task), folder=tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -199,24 +199,24 @@ def test_a_line_that_is_not_of_this_run_is_refused(told, tmp_path, content, said
         ({"precision": "bf16"}, 'precision is "fp32" there and "bf16" now'),
     ],
 )
-def test_another_run_in_the_folder_is_refused_and_what_differs_is_named(told, tmp_path, change, said):
-    task, _ = told
-    run_set(task, Told(task), folder=tmp_path / "run")
+def test_another_run_in_the_folder_is_refused_and_what_differs_is_named(known, tmp_path, change, said):
+    task, _ = known
+    run_set(task, KnownAnswers(task), folder=tmp_path / "run")
     other = replace(task, **change)
     with pytest.raises(RunError, match=f"holds another run: .*{said}"):
-        run_set(other, Told(other), folder=tmp_path / "run")
+        run_set(other, KnownAnswers(other), folder=tmp_path / "run")
 
 
-def test_other_code_or_weights_are_another_run(told, tmp_path, monkeypatch):
-    task, _ = told
-    run_set(task, Told(task), folder=tmp_path / "run")
+def test_other_code_or_weights_are_another_run(known, tmp_path, monkeypatch):
+    task, _ = known
+    run_set(task, KnownAnswers(task), folder=tmp_path / "run")
     monkeypatch.setattr(runner, "_code", lambda: "other")
     with pytest.raises(RunError, match="code is "):
-        run_set(task, Told(task), folder=tmp_path / "run")
+        run_set(task, KnownAnswers(task), folder=tmp_path / "run")
     monkeypatch.undo()
     monkeypatch.setattr(runner, "digest", lambda path: "0" * 64)
     with pytest.raises(RunError, match=r"model.weights.clip/model.safetensors is "):
-        run_set(task, Told(task), folder=tmp_path / "run")
+        run_set(task, KnownAnswers(task), folder=tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -238,33 +238,33 @@ def test_code_that_can_change_no_result_is_no_part_of_the_description(monkeypatc
     assert (runner._code() != before) == counts
 
 
-def test_a_folder_has_one_writer_and_its_description(told, tmp_path):
-    task, _ = told
+def test_a_folder_has_one_writer_and_its_description(known, tmp_path):
+    task, _ = known
     log = RunLog(tmp_path / "run", describe(task))
     with pytest.raises(RunError, match="another process is writing"):
-        run_set(task, Told(task), folder=tmp_path / "run")
+        run_set(task, KnownAnswers(task), folder=tmp_path / "run")
     log.close()
-    run_set(task, Told(task), folder=tmp_path / "run")
+    run_set(task, KnownAnswers(task), folder=tmp_path / "run")
     (tmp_path / "run" / "run.json").write_text("{")
     with pytest.raises(RunError, match=r"run\.json is no JSON"):
-        run_set(task, Told(task), folder=tmp_path / "run")
+        run_set(task, KnownAnswers(task), folder=tmp_path / "run")
     (tmp_path / "run" / "run.json").unlink()
     with pytest.raises(RunError, match=r"has results and run\.json is missing"):
-        run_set(task, Told(task), folder=tmp_path / "run")
+        run_set(task, KnownAnswers(task), folder=tmp_path / "run")
 
 
-def test_a_line_is_in_the_file_as_soon_as_it_is_added(told, tmp_path):
-    log = RunLog(tmp_path / "run", describe(told[0]))
+def test_a_line_is_in_the_file_as_soon_as_it_is_added(known, tmp_path):
+    log = RunLog(tmp_path / "run", describe(known[0]))
     log.append({"image": "000000"})
     assert b"000000" in log.path.read_bytes()
     log.close()
 
 
-def test_what_was_found_before_an_interruption_is_kept(told, tmp_path):
-    task, expected = told
+def test_what_was_found_before_an_interruption_is_kept(known, tmp_path):
+    task, expected = known
     with pytest.raises(KeyboardInterrupt):
-        run_set(task, Told(task, stop_after=2), folder=tmp_path / "run")
-    workers = Told(task)
+        run_set(task, KnownAnswers(task, stop_after=2), folder=tmp_path / "run")
+    workers = KnownAnswers(task)
     assert bytes_of(run_set(task, workers, folder=tmp_path / "run")) == bytes_of(expected)
     assert len(workers.done) == 4
 
@@ -332,14 +332,14 @@ def test_an_unreadable_image_is_told_by_this_process_too():
 def test_a_model_that_cannot_be_loaded_ends_the_run_with_one_sentence(kind):
     task = replace(task_of(), model="nowhere")
     with closing(kind(task)) as workers:
-        (told,) = workers.run([Job(task.dataset.samples[0])])
-    assert told.image_id is None
-    assert "model 'nowhere' is neither a known pair" in told.reason
-    assert "\n" not in told.reason
+        (failed,) = workers.run([Job(task.dataset.samples[0])])
+    assert failed.image_id is None
+    assert "model 'nowhere' is neither a known pair" in failed.reason
+    assert "\n" not in failed.reason
 
 
-def test_two_images_of_one_id_are_refused(told):
-    task, _ = told
+def test_two_images_of_one_id_are_refused(known):
+    task, _ = known
 
     class Double(SmallScenes):
         @property
@@ -347,7 +347,7 @@ def test_two_images_of_one_id_are_refused(told):
             return super().samples * 2
 
     with pytest.raises(ValueError, match="two images of one id"):
-        run_set(replace(task, dataset=Double(5, 2)), Told(task))
+        run_set(replace(task, dataset=Double(5, 2)), KnownAnswers(task))
 
 
 def test_precision_and_device_are_decided_once_and_never_by_a_timing():

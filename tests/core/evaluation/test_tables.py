@@ -1,4 +1,4 @@
-"""The paper's tables: their rows, the folders they are told, and the figures that a plain loop gives."""
+"""The paper's tables: their rows, the folders of their sets, and the figures that a plain loop gives."""
 
 from __future__ import annotations
 

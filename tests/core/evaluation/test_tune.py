@@ -17,7 +17,7 @@ from nerve_core.evaluation.tune import AXES, OWN, TUNED, Gain, curves, gain, sea
 from nerve_core.evaluation.variants import Variant
 from nerve_core.models.pairs import find_pair
 from nerve_core.settings import Settings
-from small_sets import SIZE, SmallScenes, Told
+from small_sets import SIZE, KnownAnswers, SmallScenes
 
 BASE = Settings().replaced(find_pair("embedded").settings)
 
@@ -112,7 +112,7 @@ def numbered_set(count):
     return Dataset("folder", "", None, ("a",), None, None, None, tuple(range(count)))
 
 
-def told_gain(task, predicted):
+def gain_between(task, predicted):
     """A result whose counts are of made-up masks: variant -> (truth -> labels)."""
     tally = Tally([sample.id for sample in task.dataset.samples], list(predicted), 15)
     for sample in task.dataset.samples:
@@ -126,25 +126,25 @@ def told_gain(task, predicted):
     return gain(SimpleNamespace(task=task, tally=tally))
 
 
-def test_a_gain_is_told_with_its_interval_and_whether_it_can_be_told_from_none():
+def test_a_gain_has_its_interval_and_whether_it_is_distinguishable_from_none():
     task = make_task(SmallScenes(5, 12), [Variant(OWN), Variant(TUNED)], device="cpu")
     some = np.random.default_rng(0)
 
     def noisy(share):
         return lambda truth: np.where(some.random(truth.shape) < share, 0, truth).astype(np.uint8)
 
-    better = told_gain(task, {OWN: noisy(0.5), TUNED: noisy(0.1)})
+    better = gain_between(task, {OWN: noisy(0.5), TUNED: noisy(0.1)})
     assert better.distinguishable
     low, high = better.interval
     assert 0 < low < better.gain < high
     assert str(better).startswith("+")
     assert "not distinguishable" not in str(better)
-    same = told_gain(task, {OWN: noisy(0.3), TUNED: noisy(0.3)})
+    same = gain_between(task, {OWN: noisy(0.3), TUNED: noisy(0.3)})
     low, high = same.interval
     assert low <= 0 <= high
     assert not same.distinguishable
     assert "not distinguishable from the settings as they are" in str(same)
-    worse = told_gain(task, {OWN: noisy(0.1), TUNED: noisy(0.5)})
+    worse = gain_between(task, {OWN: noisy(0.1), TUNED: noisy(0.5)})
     assert worse.distinguishable
     assert "worse than the settings as they are, so keep those" in str(worse)
 
@@ -156,10 +156,10 @@ def test_without_labels_nothing_is_said_of_the_gain():
 
 def test_the_gain_is_zero_of_equals():
     task = make_task(SmallScenes(5, 4), [Variant(OWN), Variant(TUNED)], device="cpu")
-    found = told_gain(task, {OWN: lambda truth: truth, TUNED: lambda truth: truth})
+    found = gain_between(task, {OWN: lambda truth: truth, TUNED: lambda truth: truth})
     assert (found.gain, found.interval) == (0, (0, 0))
     assert not found.distinguishable
-    assert run_set(task, Told(task)).tally.matrices.keys() == {OWN, TUNED}
+    assert run_set(task, KnownAnswers(task)).tally.matrices.keys() == {OWN, TUNED}
 
 
 def test_axes_of_numbers_are_curves_over_the_images_tuned_on():
@@ -210,13 +210,13 @@ def test_the_command_tunes_on_one_part_judges_by_the_other_and_writes_what_it_fo
     assert [score["variant"] for score in report["sets"][0]["scores"]] == [OWN, TUNED]
     assert all(score["images"] == 2 for score in report["sets"][0]["scores"])
     assert any("of mIoU on held-out images" in note for note in report["notes"])
-    # what was found can be given again, and scores what was told
+    # what was found can be given again, and scores what was reported
     code, again, err = nerve("eval", "folder", "--root", scene_folder, "--set", f"@{out / 'settings.json'}", "--json")
     assert code == 0, err
     settings = json.loads((out / "settings.json").read_text())
     assert settings.items() <= report["sets"][0]["scores"][1]["settings"].items()
     assert json.loads(again.splitlines()[-1])["sets"][0]["images"] == 5
-    # the same command again does nothing but tell it again
+    # the same command again does nothing but report it again
     before = {path: path.read_bytes() for path in out.rglob("images.jsonl")}
     code, repeated, _ = nerve(*arguments)
     assert code == 0

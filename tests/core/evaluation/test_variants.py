@@ -1,4 +1,4 @@
-"""Variants side by side: each gives what it gives alone, and what they share is worked out once."""
+"""Variants side by side: each gives what it gives alone, and what they share is computed once."""
 
 from __future__ import annotations
 

@@ -123,10 +123,10 @@ def test_other_readers_of_mcap_find_definitions_and_messages_in_the_order_of_tim
     kinds = {schema.name: schema for schema in summary.schemas.values()}
     assert set(kinds) == {IMAGE, LABEL_INFO, CLASS_CONFIDENCES}
     assert {schema.encoding for schema in kinds.values()} == {"ros2msg"}
-    told = kinds[CLASS_CONFIDENCES].data.decode()
+    definitions = kinds[CLASS_CONFIDENCES].data.decode()
     for needed in ("nerve_ros/ClassConfidence", "sensor_msgs/RegionOfInterest", "std_msgs/Header"):
-        assert f"MSG: {needed}\n" in told
-    assert "float32 presence" in told
+        assert f"MSG: {needed}\n" in definitions
+    assert "float32 presence" in definitions
     assert {channel.message_encoding for channel in summary.channels.values()} == {"cdr"}
     assert {chunk.compression for chunk in summary.chunk_indexes} == {"zstd"}
 
@@ -360,7 +360,7 @@ def test_what_runs_behind_keeps_its_order_is_bounded_and_finishes():
     filler = threading.Thread(target=lambda: [behind.put(number) for number in range(DEPTH, 40)])
     filler.start()
     filler.join(0.3)
-    assert filler.is_alive()  # there is no room for them all
+    assert filler.is_alive()  # the queue cannot hold them all
     go.set()
     filler.join(PATIENCE)
     behind.close()

@@ -230,8 +230,8 @@ def test_a_damaged_ros_1_bag_says_what_mends_it(tmp_path):
 
 def test_a_split_bag_of_which_a_file_is_missing_gives_the_others(tmp_path):
     bag = bags.write(tmp_path / "bag", bags.film(4))
-    told = (bag / "metadata.yaml").read_text()
-    (bag / "metadata.yaml").write_text(told.replace("- bag.mcap", "- bag.mcap\n  - bag_1.mcap"))
+    metadata = (bag / "metadata.yaml").read_text()
+    (bag / "metadata.yaml").write_text(metadata.replace("- bag.mcap", "- bag.mcap\n  - bag_1.mcap"))
     frames, _, notes = read(bag)
     assert numbers(frames) == list(range(4))
     assert any("bag_1.mcap is missing" in note for note in notes)

@@ -296,7 +296,7 @@ def test_a_variant_is_told_by_the_settings_that_are_its_own():
     a = reports.score("a", ("x",), 1, refine="nerve", alpha=0.8, beta=0.5, steps=16)
     b = reports.score("b", ("x",), 1, refine="nerve", alpha=0.9, beta=0.5, steps=16)
     settings = {"alpha": 0.8, "beta": 0.5, "steps": 12}
-    assert page.telling(a, [a, b], settings) == {"refine": "nerve", "alpha": 0.8, "steps": 16}
+    assert page.distinguishing(a, [a, b], settings) == {"refine": "nerve", "alpha": 0.8, "steps": 16}
 
 
 def test_many_names_have_a_list_and_no_matrix():
