@@ -1,4 +1,4 @@
-"""Starts the node `nerve`: the room in front of all others, where a robot's settings come in.
+"""Starts the node `nerve` with the settings of a robot.
 
     ros2 launch nerve_ros nerve.launch.py image_topic:=/camera/image_raw vocabulary:="ball, ladder"
 
@@ -100,7 +100,7 @@ def generate_launch_description() -> LaunchDescription:
 
 
 def set_dds_profile(context: LaunchContext) -> list:
-    """Give Fast DDS room for whole images, unless a profile is chosen already (see config/fastdds.xml)."""
+    """Give Fast DDS shared memory for whole images, unless a profile is chosen already (see config/fastdds.xml)."""
     names = ["FASTDDS_DEFAULT_PROFILES_FILE", "FASTRTPS_DEFAULT_PROFILES_FILE"]
     if any(context.environment.get(name) for name in names):
         return []

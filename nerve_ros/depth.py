@@ -1,4 +1,4 @@
-"""Room: depth image, camera_info, mask -> a point: where something is, in metres in the camera's optical frame.
+"""Computes where a mask's surface is, in metres in the camera's optical frame, from a depth image and camera_info.
 
 :class:`DepthBuffer` receives, on the executor's thread, and looks at no pixel. :class:`Match` finds for one image the
 depth image nearest in time, among those that came before and those that come while the image is being segmented, which

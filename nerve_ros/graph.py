@@ -1,4 +1,4 @@
-"""What the ROS graph tells about trouble: why no image comes, and who else goes by the node's name."""
+"""Finds causes of trouble in the ROS graph: why no image comes, and whether another node has the node's name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 from rclpy.topic_endpoint_info import TopicEndpointInfo
 
 NAMESAKE_WARNING = 25.0
-"""Seconds after which another node of the same name is told of: one that was killed is forgotten after 20."""
+"""Seconds after which another node of the same name is reported: one that was killed is forgotten after 20."""
 
 
 def why_no_image(node: Node, topic: str, message_type: str, qos: QoSProfile) -> str:
@@ -57,7 +57,7 @@ def namesakes(node: Node) -> int:
 
 
 class Namesakes:
-    """Notices that another node goes by the name of `node`."""
+    """Notices that another node has the name of `node`."""
 
     def __init__(self, node: Node) -> None:
         self._node = node

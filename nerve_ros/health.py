@@ -1,4 +1,4 @@
-"""Beside the way message -> ... -> message: what the node counts and times, and how it tells.
+"""Counts what the node receives, publishes and drops, and measures how long it takes.
 
 Latency runs from an image's arrival to its mask's publishing, by the steady clock. Age is the node's clock less the
 image's stamp at that moment: it holds the camera's own delay too, and says nothing where the two clocks differ (a bag

@@ -1,4 +1,4 @@
-"""Room: message -> numpy, and numpy -> message, for the node.
+"""Converts image messages to numpy arrays and back.
 
 What every cv_bridge converts alike goes through cv_bridge. What some do not know (the one on PyPI has no yuv422, no
 mono16 and no bayer_grbg8) or read wrongly (padded rows, is_bigendian with numpy 2) goes through

@@ -1,4 +1,4 @@
-"""Room: readout -> numpy -> message. Which class id a name has, for as long as the node lives, and the LabelInfo.
+"""Assigns names class ids that stay the same while the node lives, and makes the LabelInfo.
 
 Labels of a segmentation (k = k-th name) are a matter of one vocabulary; ids are a matter of everybody who has seen a
 LabelInfo. A costmap keeps old tiles by id, so an id never changes hands while it may still be in one of them.

@@ -1,8 +1,8 @@
-"""The node: life cycle, topics, services and parameters, wired to the pipeline behind the worker.
+"""The ROS node: its life cycle and parameters, who subscribes to what, and how the parts are connected.
 
-The executor only receives: it looks at a message's form, lays it into the worker's slot and goes on. Everything that
-takes time happens on the worker's thread (pipeline.py), publishing included. What both sides need is immutable
-(NodeConfig, Snapshot) or guards itself (LabelRegistry, Health, Mailbox, DepthBuffer).
+The executor's thread only receives: it checks a message's form, puts it into the worker's slot and goes on. Everything
+that takes time happens on the worker's thread (pipeline.py), publishing included. What both threads use is immutable
+(NodeConfig, Snapshot) or locks itself (LabelRegistry, Health, Mailbox, DepthBuffer).
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ Result = TypeVar("Result")
 
 
 class Interrupted(BaseException):
-    """The process was asked to end while the node waited for the worker; nothing on the way out is to hold it up."""
+    """The process was asked to end while the node waited for the worker; nothing may delay its end."""
 
 
 def _transition(doing: str, done: str) -> Callable:
-    """Make a method a transition callback: rclpy swallows what such a callback raises, so it is caught and told here.
+    """Make a method a transition callback: rclpy swallows what such a callback raises, so it is caught and logged here.
 
-    `doing` and `done` are the names of the state on the way and at the end.
+    `doing` and `done` are the names of the states meanwhile and at the end.
     """
 
     def decorate(method: Callable[[NerveNode, LifecycleState], None]) -> Callable:
@@ -107,7 +107,7 @@ class NerveNode(LifecycleNode):
         self._worker: Worker[Frame, Request, Snapshot, Question] = Worker(
             process=self._pipeline.process,
             prepare=self._pipeline.prepare,
-            adopt=lambda request, snapshot: self._pipeline.tell_labels(snapshot),
+            adopt=lambda request, snapshot: self._pipeline.publish_labels(snapshot),
             abandon=lambda request, error: self._vocabularies.abandon(request, error),
             answer=self._pipeline.answer,
             failed=self._failed,
@@ -174,7 +174,7 @@ class NerveNode(LifecycleNode):
                 return
 
     def close(self, timeout: float = 2.0) -> bool:
-        """Stop the worker's thread; whether it stopped within `timeout` seconds."""
+        """Stop the worker's thread; returns whether it stopped within `timeout` seconds."""
         return self._worker.close(timeout)
 
     def destroy_node(self) -> None:
@@ -202,7 +202,7 @@ class NerveNode(LifecycleNode):
     def on_activate(self, state: LifecycleState) -> None:
         super().on_activate(state)
         try:
-            self._await(self._worker.submit(lambda: self._pipeline.tell_labels(self._worker.snapshot)))
+            self._await(self._worker.submit(lambda: self._pipeline.publish_labels(self._worker.snapshot)))
             self._images.open()
         except Exception:
             super().on_deactivate(state)
@@ -266,9 +266,9 @@ class NerveNode(LifecycleNode):
             self._pipeline.outputs = None
 
     def _await(self, future: concurrent.futures.Future[Result]) -> Result:
-        """The result of a job on the worker's thread; tells how far it is while it lasts."""
+        """The result of a job on the worker's thread; logs what is being done while it lasts."""
         started = time.monotonic()
-        told = published = 0
+        logged = published = 0
         while not concurrent.futures.wait([future], timeout=0.2).done:
             if not self.context.ok():
                 raise Interrupted
@@ -279,8 +279,8 @@ class NerveNode(LifecycleNode):
             if seconds >= published + 1:
                 published += 1
                 self._diagnostics.publish()
-            if seconds >= THROTTLE * (told + 1):
-                told += 1
+            if seconds >= THROTTLE * (logged + 1):
+                logged += 1
                 doing = self._pipeline.stage or self.phase.state
                 self.get_logger().info(f"{doing}, {seconds:.0f} s so far")
         return future.result()
@@ -349,7 +349,7 @@ class NerveNode(LifecycleNode):
 
     def _failed(self, error: Exception) -> None:
         if not self.context.ok():
-            # The process is ending, and what was under way finds its publishers gone.
+            # The process is ending, and the work in progress finds its publishers gone.
             return
         self._health.failed(f"{type(error).__name__}: {error}")
         self.get_logger().error(

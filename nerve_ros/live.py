@@ -1,6 +1,6 @@
-"""Around the way message -> ... -> message: a recording is played to a running node, and its masks are measured.
+"""Plays a recording to a running node and measures its masks, for `nerve replay --live`.
 
-What `nerve replay --live` does: the images of a bag go out over DDS at the bag's own pace, with their own stamps and
+The images of a bag go out over DDS at the bag's own pace, with their own stamps and
 with /clock, as `ros2 bag play --clock` sends them; the masks that come back are timed, and compared with those that
 the offline replay makes of the same images by the node's own parameters.
 """
@@ -104,7 +104,7 @@ class Played:
         from nerve_core.segmenter import Segmenter
 
         quiet_libraries()
-        # Sums are rounded otherwise where they are shared out otherwise.
+        # Sums round differently with another number of threads.
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or max(1, len(os.sched_getaffinity(0)) - 1)))
         config = self.config
         segmenter = Segmenter.from_pretrained(
@@ -189,7 +189,7 @@ class LivePlayer(Player):
         self._clock = self._node.create_publisher(Clock, "/clock", reliable)
 
     def parameters(self) -> NodeConfig:
-        """The node's. Raises LiveError where it does not tell them."""
+        """The node's parameters. Raises LiveError where it does not answer."""
         client = AsyncParameterClient(self._node, NODE)
         if not client.wait_for_services(THERE):
             raise LiveError(f"the node {NODE} does not tell its parameters")

@@ -1,4 +1,4 @@
-"""Behind `nerve locate`: asks a running node where something is, and says the answer as a person reads it."""
+"""Asks a running node where something is, for `nerve locate`, and formats the answer as text or JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The process around the node: signals, spinning, exit code; what `ros2 run nerve_ros nerve_node` starts."""
+"""The process that `ros2 run nerve_ros nerve_node` starts: signals, spinning and exit code of the node."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def main(args: list[str] | None = None) -> int:
     except Interrupted:
         pass
     except RuntimeError:
-        # Once the process is asked to end, whatever rclpy is asked for fails, and that is no news.
+        # Once the process is asked to end, every call to rclpy fails, and that is no error.
         if rclpy.ok():
             raise
     finally:
@@ -83,7 +83,7 @@ def main(args: list[str] | None = None) -> int:
 
 
 class _RosLog(logging.Handler):
-    """What nerve_core has to say, such as that it fetches weights, goes into the node's log."""
+    """Passes what nerve_core logs, such as that it fetches weights, to the node's log."""
 
     def __init__(self, logger: RcutilsLogger) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ def _refuse(error: Exception) -> int:
 
 
 def _spin(node: NerveNode, executor: Executor) -> None:
-    """Spin until shutdown: an error in a callback is told and costs that callback's message, not the node."""
+    """Spin until shutdown: an error in a callback is logged and costs that callback's message, not the node."""
     from rclpy.executors import ExternalShutdownException
 
     while node.context.ok():

@@ -1,4 +1,4 @@
-"""Room: numpy -> message: everything the node publishes about images, and when.
+"""Publishes everything the node finds in images: mask, confidence, classes, overlay, dense maps and LabelInfo.
 
 A LabelInfo goes out before the first mask that uses it and only where it differs from the one before: a costmap
 throws away what was set at run time with each one it gets, and reads past its end without one.
@@ -86,7 +86,7 @@ class Outputs:
         self._overlay = publisher(Image, "overlay")
         self._dense = publisher(DenseConfidence, "~/dense")
         self._maps: dict[str, tuple[int, Publisher]] = {}
-        self._told: LabelInfo | None = None
+        self._last_labels: LabelInfo | None = None
 
     def destroy(self) -> None:
         """Give the publishers back; this object is of no use afterwards."""
@@ -102,10 +102,10 @@ class Outputs:
         """
         if not self._label_info.is_activated:
             return False
-        message, told = label_info_message(labels, background_name, threshold, stamp), self._told
-        if told is None or told.class_map != message.class_map or told.threshold != message.threshold:
+        message, last = label_info_message(labels, background_name, threshold, stamp), self._last_labels
+        if last is None or last.class_map != message.class_map or last.threshold != message.threshold:
             self._label_info.publish(message)
-            self._told = message
+            self._last_labels = message
         return True
 
     def confidence_topics(self, labels: Labels, names: frozenset[str]) -> None:
@@ -115,7 +115,7 @@ class Outputs:
         for slug in self._maps.keys() - wanted.keys():
             self._node.destroy_publisher(self._maps.pop(slug)[1])
         for slug in wanted.keys() - self._maps.keys():
-            # Plain ones without events: they come and go beside the executor, which must not meet them half made.
+            # Plain ones without events: they come and go while the executor runs, which must not meet them half made.
             # Nothing is published on them but from `image`, which is not called while the node is inactive.
             topic, no_events = f"segmentation/confidence/{slug}", PublisherEventCallbacks(use_default_callbacks=False)
             publisher = self._node.create_publisher(Image, topic, OUTPUT_QOS, event_callbacks=no_events)

@@ -1,8 +1,8 @@
-"""Beside the way message -> ... -> message: every parameter of the node, declared once, with its rules.
+"""Declares every ROS parameter of the node, each once, with its type, text and rules.
 
 A parameter is a field of :class:`NodeConfig`: its default gives the ROS type, its metadata the descriptor. What a
-single value must obey is checked in ``NodeConfig.__post_init__``, so that start-up, ``set_parameters`` and tests all
-go by one rule. :func:`declare` reads the overrides, :func:`changed` answers a request to change some values.
+single value must obey is checked in ``NodeConfig.__post_init__``, so that start-up, ``set_parameters`` and tests
+follow one rule. :func:`declare` reads the overrides, :func:`changed` answers a request to change some values.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ PAIR_VALUE = -1.0
 """What threshold and presence_threshold hold where the model pair's own value is meant."""
 
 NO_NAMES = ("",)
-"""How a parameter file writes an empty list of strings: ROS 2 cannot tell the type of ``[]``."""
+"""How a parameter file writes an empty list of strings: ROS 2 cannot infer the type of ``[]``."""
 
 MAX_CONFIDENCE_CLASSES = 16
 """Topics of single classes that the node has at most."""

@@ -1,7 +1,7 @@
-"""The whole way from image to published mask, as the worker's thread walks it; nothing here runs on the executor.
+"""Segments images and publishes the masks, and answers questions, all on the worker's thread.
 
-What the executor reads of it (stage, operator, segmenter) is replaced, never changed. An image is worked on with one
-snapshot of vocabulary and labels from start to end, whatever is asked for meanwhile.
+What the executor's thread reads of it (stage, operator, segmenter) is replaced, never changed. An image is segmented
+with one snapshot of vocabulary and labels from start to end, whatever is asked for meanwhile.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Frame:
 
 @dataclass
 class Request:
-    """A vocabulary that was accepted: what it means, its ids, and whether anybody was told of them."""
+    """A vocabulary that was accepted, the class ids of its names, and whether a LabelInfo with them was published."""
 
     config: NodeConfig
     vocabulary: Vocabulary
@@ -89,7 +89,7 @@ class Model:
 
 @dataclass
 class Seen:
-    """The newest image that could be read, and what was worked out of it so far."""
+    """The newest image that could be read, and what was computed of it so far."""
 
     frame: Frame
     image: np.ndarray
@@ -125,7 +125,7 @@ class Pipeline:
         self._seen: Seen | None = None
         self._unseen = ""
         self._out_of_memory_in_a_row = 0
-        self._untold = True
+        self._labels_pending = True
 
     @property
     def segmenter(self) -> Segmenter | None:
@@ -190,12 +190,12 @@ class Pipeline:
         embeddings = yield from self._loaded.segmenter.embed_steps(request.vocabulary)
         return Snapshot(request, embeddings, request.labels.id_table())
 
-    def tell_labels(self, snapshot: Snapshot | None) -> None:
-        """Publish the LabelInfo of `snapshot` where it is news, and have the topics that it needs."""
+    def publish_labels(self, snapshot: Snapshot | None) -> None:
+        """Publish the LabelInfo of `snapshot` if it differs from the last, and create the topics that it needs."""
         if self.outputs is None or snapshot is None:
             return
-        # Until it has gone out, no image may: where it fails, the next image tries it again.
-        self._untold = True
+        # It goes out before any image does: where it fails, the next image tries it again.
+        self._labels_pending = True
         config = self._config()
         self._apply(config)
         request = snapshot.request
@@ -206,7 +206,7 @@ class Pipeline:
             self._clock.now().to_msg(),
         )
         self.outputs.confidence_topics(request.labels, config.dense_names())
-        self._untold = False
+        self._labels_pending = False
 
     def _apply(self, config: NodeConfig) -> bool:
         """Have the segmenter go by the settings of `config` that may change between images; whether any changed."""
@@ -248,8 +248,8 @@ class Pipeline:
             self.forget(f"the newest image is too old: {reason}")
             self._log.warning(f"image dropped: {reason}", throttle_duration_sec=THROTTLE)
             return
-        if self._apply(config) or self._untold:
-            self.tell_labels(snapshot)
+        if self._apply(config) or self._labels_pending:
+            self.publish_labels(snapshot)
         started = time.perf_counter()
         try:
             image = to_rgb(frame.message)
@@ -338,8 +338,8 @@ class Pipeline:
         if label is not None:
             segmentation = self._segment(seen) if seen.segmentation is None else seen.segmentation
         else:
-            # What the robot looks for anyway competes with it for the pixels, as it would within the vocabulary.
-            competing, label = beside(wanted, serving)
+            # The names of the vocabulary compete with it for the pixels, as if it were one of them.
+            competing, label = extended(serving, wanted)
             encoded = self._encode(seen)
             embeddings = self._loaded.segmenter.embed(competing)
             segmentation = self._loaded.segmenter.segment(encoded, embeddings, follow=False)
@@ -357,10 +357,10 @@ def label_of(wanted: Vocabulary, serving: Vocabulary) -> int | None:
     return None
 
 
-def beside(wanted: Vocabulary, serving: Vocabulary) -> tuple[Vocabulary, int]:
+def extended(serving: Vocabulary, wanted: Vocabulary) -> tuple[Vocabulary, int]:
     """`serving` with the single name of `wanted`, which is none of its words, as one class more; and its label.
 
-    By itself where there is no room for one more.
+    Only that class where `serving` is full.
     """
     name, others = "|".join(wanted.synonyms[0]), ["|".join(words) for words in serving.synonyms]
     try:

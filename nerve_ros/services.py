@@ -1,4 +1,4 @@
-"""The node's answers: what a service says of an image that was searched, and how one is given later than at once."""
+"""The responses of the service ~/locate, and a service that may answer later than at once."""
 
 from __future__ import annotations
 

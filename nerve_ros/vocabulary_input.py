@@ -20,25 +20,25 @@ from nerve_ros.parameters import NodeConfig, entries, listed, vocabulary_differs
 from nerve_ros.pipeline import THROTTLE, Request, Snapshot
 from nerve_ros.srv import SetVocabulary
 
-VOCABULARIES_TOLD = 60
-"""Lines about vocabularies that were taken in the log within THROTTLE seconds, at most."""
+VOCABULARIES_LOGGED = 60
+"""Accepted vocabularies that are logged within THROTTLE seconds, at most."""
 
-REJECTIONS_TOLD = 20
-"""Rejected vocabularies that the log tells of within THROTTLE seconds, each with its reason; the others are counted."""
+REJECTIONS_LOGGED = 20
+"""Rejected vocabularies that are logged within THROTTLE seconds, each with its reason; the others are counted."""
 
 
-class Burst:
+class LogBurst:
     """At most `most` lines of a kind within THROTTLE seconds: rclpy's own throttle would let through only the first."""
 
     def __init__(self, most: int) -> None:
-        self._told: deque[float] = deque(maxlen=most)
+        self._times: deque[float] = deque(maxlen=most)
 
-    def room(self) -> bool:
-        """Whether one more may be told now; it then counts as told."""
+    def allows(self) -> bool:
+        """Whether one more may be logged now; it then counts as logged."""
         now = time.monotonic()
-        if len(self._told) == self._told.maxlen and now - self._told[0] <= THROTTLE:
+        if len(self._times) == self._times.maxlen and now - self._times[0] <= THROTTLE:
             return False
-        self._told.append(now)
+        self._times.append(now)
         return True
 
 
@@ -67,7 +67,7 @@ class VocabularyInput:
         self._set_parameters, self._request, self._serving = set_parameters, request, serving
         self._failed, self._on_executor = failed, on_executor
         self._registry = LabelRegistry()
-        self._vocabularies_told, self._rejections_told = Burst(VOCABULARIES_TOLD), Burst(REJECTIONS_TOLD)
+        self._acceptances, self._rejections = LogBurst(VOCABULARIES_LOGGED), LogBurst(REJECTIONS_LOGGED)
 
     def on_vocabulary(self, message: VocabularyMessage) -> None:
         """Take the topic `vocabulary`."""
@@ -112,7 +112,7 @@ class VocabularyInput:
                 raise
 
     def _vocabulary_rejected(self, source: str, reason: str) -> str:
-        if self._rejections_told.room():
+        if self._rejections.allows():
             self._log.warning(f"the vocabulary by {source} is rejected: {reason}; the one before stays")
         return reason
 
@@ -124,7 +124,7 @@ class VocabularyInput:
         if replaced is not None:
             self.abandon(replaced, None)
         self._health.vocabulary(accepted=True)
-        if not self._vocabularies_told.room():
+        if not self._acceptances.allows():
             return
         log = self._log
         self._warn_of_duplicates(vocabulary)
@@ -153,7 +153,7 @@ class VocabularyInput:
             self._on_executor(lambda: self._set_back(request))
 
     def _set_back(self, request: Request) -> None:
-        """Make the parameters say again what serves, after `request` failed."""
+        """Set the parameters to the vocabulary in use again, after `request` failed."""
         snapshot = self._serving()
         if snapshot is None or vocabulary_differs(self._config(), request.config):
             return

@@ -1,9 +1,9 @@
-"""Room: between message and frame part: the one thread that owns the models, and the slot its images wait in.
+"""The one thread that uses the models, and the slot in which the next image waits for it.
 
-Whatever touches a model runs here, in this order of urgency: jobs (load, unload), then an image and a step of the
-next vocabulary in turn. Images do not queue: the newest replaces the one that waits. A vocabulary is prepared in steps
-between images while the one before it serves, so that a long list of names never stops the stream. A question is
-answered from the newest image: the one that waits, once it was worked on, else the last one that was.
+Whatever touches a model runs here, in this order of urgency: jobs (load, unload), then, alternating, an image and a
+step of the next vocabulary. Images do not queue: the newest replaces the one that waits. A vocabulary is prepared in
+steps between images while the one before it is in use, so that a long list of names never stops the stream. A question
+is answered from the newest image: the one that waits, once it was processed, else the last one that was.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ class Mailbox(Generic[Item]):
         self._item: Item | None = None
 
     def put(self, item: Item) -> Item | None:
-        """Lay `item` in the slot and return the one it replaces, which nobody will take any more."""
+        """Put `item` into the slot and return the one it replaces, which nobody will take any more."""
         with self._lock:
             before, self._item = self._item, item
             return before
 
     def put_if_empty(self, item: Item) -> bool:
-        """Lay `item` in the slot unless one waits there; whether it was laid there."""
+        """Put `item` into the slot unless one waits there; returns whether it was put there."""
         with self._lock:
             if self._item is not None:
                 return False
@@ -66,7 +66,7 @@ class Worker(Generic[Image, Request, Snapshot, Question]):
 
     process(image, snapshot): one image, from conversion to publishing.
     prepare(request): a generator that yields between steps and returns the snapshot of a vocabulary.
-    adopt(request, snapshot): the new snapshot serves from now on; called before the first image that it is used for.
+    adopt(request, snapshot): the new snapshot is in use from now on; called before the first image that it is used for.
     abandon(request, error): a request was given up, for a newer one (error None) or because of an error.
     answer(question): a question about the image that was worked on last.
     failed(error): one of the others raised; the thread goes on.
@@ -123,7 +123,7 @@ class Worker(Generic[Image, Request, Snapshot, Question]):
         return future
 
     def offer(self, image: Image) -> bool:
-        """Lay `image` in the slot; False where it replaced one that still waited."""
+        """Put `image` into the slot; False where it replaced one that still waited."""
         replaced = self._images.put(image)
         with self._wake:
             self._wake.notify()
@@ -172,12 +172,12 @@ class Worker(Generic[Image, Request, Snapshot, Question]):
 
     @property
     def busy_for(self) -> float:
-        """Seconds since the image, question or vocabulary step under way began; 0 where none is. Jobs do not count."""
+        """Seconds since the current image, question or vocabulary step began; 0 between them. Jobs do not count."""
         since = self._busy_since
         return 0.0 if since is None else time.monotonic() - since
 
     def stack(self) -> str:
-        """Where the thread is now, as a traceback's text."""
+        """The thread's current traceback, as text."""
         frame = sys._current_frames().get(self._thread.ident or 0)
         return "".join(traceback.format_stack(frame)) if frame is not None else "the thread has ended"
 

@@ -1,4 +1,4 @@
-"""Beside the way message -> ... -> message: the command `python -m nerve_ros.demo`, which `scripts/demo` runs."""
+"""The command `python -m nerve_ros.demo`, which `scripts/demo` runs."""
 
 import signal
 

@@ -1,4 +1,4 @@
-"""Behind the way message -> ... -> message: takes what the node publishes and puts it together by stamp."""
+"""Collects what the node publishes, by the stamp of the image that it belongs to."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class Answer:
     """What the node said of the image of one stamp (nanoseconds).
 
     arrived: of the mask, in seconds of the steady clock. mask: packed, see :attr:`labels`. classes: name by class id,
-    None until the message came. confident: whether the confidence came, in the mask's size. told: whether a LabelInfo
-    with all these classes was there before the mask.
+    None until the message came. confidence_size: rows and columns of the confidence, None until it came. known: the
+    class ids of the last LabelInfo before the mask.
     """
 
     stamp: int

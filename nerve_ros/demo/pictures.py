@@ -1,4 +1,4 @@
-"""Behind the way message -> ... -> message: the answers drawn over their images, as a video and a contact sheet."""
+"""Draws the node's answers over their images, as a video and a contact sheet."""
 
 from __future__ import annotations
 
@@ -88,8 +88,8 @@ def _bar(width: int, recording: Recording, asked: Sequence[Asked], seen: Segment
     everything = {name.casefold() for name in recording.names} <= {name.casefold() for name in names}
     text = f"asked for: all {len(names)} names" if everything else f"asked for: {', '.join(names)}"
     text = text.encode("ascii", "replace").decode()
-    room = width - _text_width(clock) - 36
-    while _text_width(text) > room:
+    free = width - _text_width(clock) - 36
+    while _text_width(text) > free:
         text = text[:-4].rstrip(", ") + "..." if text.endswith("...") else text[:-1].rstrip(", ") + "..."
     for written, left in ((text, 12), (clock, width - _text_width(clock) - 12)):
         cv2.putText(bar, written, (left, 21), _FONT, 0.5, (255, 255, 255), 1, cv2.LINE_AA)

@@ -1,8 +1,8 @@
-"""Before the way message -> ... -> message: plays a bag's images as a camera and asks for names.
+"""Plays a bag's images as a camera would publish them, and asks for names.
 
 Images go out raw (bgr8, best effort, as camera drivers send them) when their time in the bag has come, by the steady
-clock. Their stamps are the bag's, moved by one offset so that the first one is now: what the node tells of ages holds.
-What happens is told on standard output, one JSON object a line:
+clock. Their stamps are the bag's, moved by one offset so that the first one is now: the ages that the node reports
+hold. What happens is reported on standard output, one JSON object a line:
 
     {"event": "ready"}                                  the node listens and has taken the first names; after the start
     {"event": "asked", "names": [...], "time": T}       a vocabulary went out
@@ -69,7 +69,7 @@ class Player:
     def ask(self, asking: Asking) -> None:
         """Publish a vocabulary."""
         header = Header(stamp=self._node.get_clock().now().to_msg())
-        self._tell("asked", names=asking.names, time=time.monotonic())
+        self._report("asked", names=asking.names, time=time.monotonic())
         self._vocabulary.publish(Vocabulary(header=header, names=list(asking.entries)))
 
     def wait_for_listener(self, asking: Asking, patience: float) -> None:
@@ -78,15 +78,17 @@ class Player:
         deadline = time.monotonic() + patience
         while not (self._serves(wanted) and self._is_heard()):
             if time.monotonic() > deadline:
-                told = f"its classes are {sorted(self._classes)}" if self._classes else "no LabelInfo came"
-                missing = "it serves the names, but takes no best-effort images there" if self._serves(wanted) else told
+                found = f"its classes are {sorted(self._classes)}" if self._classes else "no LabelInfo came"
+                missing = (
+                    "it serves the names, but takes no best-effort images there" if self._serves(wanted) else found
+                )
                 raise PlayerError(
                     f"no node took '{', '.join(asking.names)}' and images on {self._image.topic_name} within "
                     f"{patience:.0f} s; {missing}"
                 )
             self._sleep(0.05)
         self._sleep(SETTLE)
-        self._tell("ready")
+        self._report("ready")
 
     def _serves(self, wanted: set[str]) -> bool:
         # One class more is the background, whatever it is called.
@@ -121,11 +123,11 @@ class Player:
             camera_info = deserialize_message(frame.camera_info, CameraInfo)
             camera_info.header = header
             self._sleep(started + passed * 1e-9 / rate - time.monotonic())
-            self._tell("frame", index=index, stamp=stamp, time=time.monotonic())
+            self._report("frame", index=index, stamp=stamp, time=time.monotonic())
             self._image.publish(message)
             self._camera_info.publish(camera_info)
         self._sleep(SETTLE)  # whatever is still on its way
-        self._tell("end", published=len(recording.frames))
+        self._report("end", published=len(recording.frames))
         return len(recording.frames)
 
     def _sleep(self, seconds: float) -> None:
@@ -134,7 +136,7 @@ class Player:
         if not rclpy.ok():
             raise PlayerError("asked to end")
 
-    def _tell(self, event: str, **values: object) -> None:
+    def _report(self, event: str, **values: object) -> None:
         print(json.dumps({"event": event, **values}), file=self._output, flush=True)
 
     def _on_label_info(self, message: LabelInfo) -> None:

@@ -1,4 +1,4 @@
-"""Beside the way message -> ... -> message: child processes that are always ended, and a ROS domain of one's own."""
+"""Starts child processes that are always ended, and reserves a ROS domain that no other run uses."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def own_domain() -> Iterator[int]:
 
 
 def environment(domain: int | None = None) -> dict[str, str]:
-    """This process's environment for processes of ROS on this machine alone, with room for large images.
+    """This process's environment for processes of ROS on this machine alone, with shared memory for large images.
 
     domain: ROS's; None leaves it, and how far discovery reaches, as they are.
     """

@@ -1,4 +1,4 @@
-"""Before the way message -> ... -> message: a bag of camera images and their truth, read without ROS."""
+"""Reads a bag of camera images and their true labels, without ROS."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Behind the way message -> ... -> message: numbers out of what was played and what was answered."""
+"""Computes the demonstration's figures from the images that were played and the answers that came."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class VocabularyReport:
 class Report:
     """All figures of a run.
 
-    frames_dropped: frames_in less frames_segmented. frames_received: what the node counted; None where it did not tell.
+    frames_dropped: frames_in less frames_segmented. frames_received: as the node counted them; None where unknown.
     miou: background included, over all masks, names that were not asked for counted as background.
     foreign_pixels: pixels with an id that the vocabulary in force does not have. unannounced_masks: masks that came
     before the LabelInfo of their ids. incomplete: masks without confidence of their size or class_confidence.
@@ -219,13 +219,13 @@ def _vocabulary_report(
 
 def _stages(diagnostics: Mapping[str, str], percentile: str) -> dict[str, float]:
     suffix = f"_{percentile}_ms"
-    told = {
+    times = {
         key.removeprefix("stage_").removesuffix(suffix): float(value)
         for key, value in diagnostics.items()
         if key.startswith("stage_") and key.endswith(suffix) and value
     }
-    order = [stage for stage in STAGES if stage in told]
-    return {stage: told[stage] for stage in (*order, *sorted(set(told) - set(order)))}
+    order = [stage for stage in STAGES if stage in times]
+    return {stage: times[stage] for stage in (*order, *sorted(set(times) - set(order)))}
 
 
 def _rate(segmented: Sequence[Segmented]) -> float:

@@ -1,4 +1,4 @@
-"""Beside the way message -> ... -> message: the demonstration, start to end.
+"""Runs the demonstration from start to end.
 
 Starts the node by its installed executable and a player of the bag, each in a process of its own and in a ROS domain
 that nobody else uses; listens, measures, draws, and ends them whatever happens.
@@ -60,7 +60,7 @@ class Options:
 
 @dataclass
 class Played:
-    """What the player has told so far."""
+    """What the player has reported so far."""
 
     ready: bool = False
     ended: bool = False

@@ -1,4 +1,4 @@
-"""Beside the way message -> ... -> message: which names are asked for, and when."""
+"""Which names the demonstration asks for, and when."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A node of the demo on a thread of its own."""
+"""Spins a node of the demonstration on a thread of its own."""
 
 from __future__ import annotations
 

@@ -60,6 +60,6 @@ def _watch(namespace: str, board: Board, page: Page, keeper: Keeper | None) -> N
                 watcher.look_after()
                 terminal.refresh()
         except (ExternalShutdownException, RuntimeError):
-            # Once the process is asked to end, whatever rclpy is asked for fails, and that is no news.
+            # Once the process is asked to end, every call to rclpy fails, and that is no error.
             if rclpy.ok():
                 raise

@@ -1,4 +1,4 @@
-"""The real node with faults put in from outside: whatever can fail in it fails when it is told to.
+"""The real node with faults put in from outside: whatever can fail in it fails on command.
 
 Reads a line of JSON at a time from standard input and answers "faults: ..." once it holds:
 {"clip": ["out of memory", 3]}: what happens at that place, and to how many of those who come by; {} ends all of it,

@@ -39,7 +39,7 @@ OWNED = re.compile(r"/dev/shm/(fast(?:dds|rtps)_(?:[0-9a-f]{16}|port\d+))_el$")
 def domain() -> Iterator[dict[str, str]]:
     """An environment with a ROS domain that no other test run on this machine uses meanwhile.
 
-    A lock on a file a domain tells runs apart; discovery stays on this machine.
+    A lock on a file for each domain keeps runs apart; discovery stays on this machine.
     """
     first = os.getpid() % 100
     for offset in range(100):

@@ -309,7 +309,7 @@ class Peer:
         return stamp_of(message.header)
 
     def do_stream(self, *, picture: dict, rate: float, topic: str = "image") -> dict:
-        """Publish the picture `rate` times a second, stamped with the time of publishing, until told to stop."""
+        """Publish the picture `rate` times a second, stamped with the time of publishing, until asked to stop."""
         message = pictures.message(picture, self.header(None, "camera"))
         publisher = self.publisher(topic)
         self.stream, self.streamed = threading.Event(), 0

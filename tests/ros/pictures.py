@@ -16,7 +16,7 @@ NUMBERED_SIZES = ((96, 64), (64, 48), (81, 61))
 
 
 def numbered(number: int) -> dict:
-    """What peer.py's `image` publishes as frame `number`: everything about it can be told from its second alone."""
+    """What peer.py's `image` publishes as frame `number`: everything about it follows from its second alone."""
     width, height = NUMBERED_SIZES[number % len(NUMBERED_SIZES)]
     return {
         "picture": {"width": width, "height": height, "seed": 1 + number % 5},

@@ -44,7 +44,7 @@ rclpy.shutdown()
 
 
 class Clock(harness.Process):
-    """A process that publishes /clock: it stands still, and jumps when told to."""
+    """A process that publishes /clock: it stands still, and jumps on command."""
 
     def __init__(self, env):
         super().__init__([sys.executable, "-c", CLOCK], env, steered=True)

@@ -1,4 +1,4 @@
-"""Bad input over real DDS: it is named, counted and told, and the next good image is segmented.
+"""Bad input over real DDS: it is named, counted and reported, and the next good image is segmented.
 
 Here is what needs a node of its own: publishers that do not match, compressed images, images beyond the limits, time
 that jumps. Raw images that are broken are in test_stream.py, names in test_vocabulary_changes.py, a camera that is too
@@ -99,7 +99,7 @@ def rejected(rig, kind):
 
 
 def assert_dropped(rig, topic, kind, reason, **message):
-    """Publish a message until it is counted as rejected for `kind`; the reason is told, and no mask comes of it."""
+    """Publish a message until it is counted as rejected for `kind`; the reason is reported, and no mask comes of it."""
     before, since, stamp = rejected(rig, kind), rig.listener.mark(), [77, 77]
 
     def told():

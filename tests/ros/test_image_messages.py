@@ -330,7 +330,7 @@ def test_a_png_that_is_cut_off_anywhere_is_refused(no_decoder):
 @pytest.mark.parametrize("length", [10**6, 2**31 - 1, 2**32 - 1])
 @pytest.mark.parametrize("name", [b"IDAT", b"tEXt", b"xxxx", b"IEND"])
 def test_a_png_with_a_part_larger_than_itself_is_refused(name, length, no_decoder):
-    """The decoder would make room for it first."""
+    """The decoder would allocate memory for it first."""
     data = png(4, 4, chunk(b"tEXt", b"k\0v"))
     broken = data[:33] + struct.pack(">I", length) + name + data[41:]
     assert_refused(compressed(broken), "data", "cut off")

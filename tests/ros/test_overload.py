@@ -20,7 +20,7 @@ EXTRA_MB = 200.0
 
 
 class Camera(harness.Process):
-    """The camera of the benchmarks: it publishes what was serialized beforehand, as fast as it is told to."""
+    """The camera of the benchmarks: it publishes what was serialized beforehand, as fast as it is asked to."""
 
     def __init__(self, env):
         code = "import sys; from nerve_benchmarks.node import camera; sys.exit(camera())"

@@ -1,4 +1,4 @@
-"""Which topic the node takes images from, by ROS's remapping rules, and that it tells the one that it takes."""
+"""Which topic the node takes images from, by ROS's remapping rules, and that it reports the one that it takes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demonstration: its player as a camera, its figures against figures worked out by hand, and end to end."""
+"""The demonstration: its player as a camera, its figures against figures computed by hand, and end to end."""
 
 from __future__ import annotations
 
