@@ -13,7 +13,7 @@ import importlib
 import time
 import traceback
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 from rcl_interfaces.msg import SetParametersResult
 from rclpy.clock import Clock
@@ -51,19 +51,21 @@ _CHANGE_STATE = "_LifecycleNodeMixin__change_state"
 """rclpy's method behind every transition, private to its mixin."""
 
 Result = TypeVar("Result")
+_Step: TypeAlias = Callable[["NerveNode", LifecycleState], None]
+_Transition: TypeAlias = Callable[["NerveNode", LifecycleState], TransitionCallbackReturn]
 
 
 class Interrupted(BaseException):
     """The process was asked to end while the node waited for the worker; nothing may delay its end."""
 
 
-def _transition(doing: str, done: str) -> Callable:
+def _transition(doing: str, done: str) -> Callable[[_Step], _Transition]:
     """Make a method a transition callback: rclpy swallows what such a callback raises, so it is caught and logged here.
 
     `doing` and `done` are the names of the states meanwhile and at the end.
     """
 
-    def decorate(method: Callable[[NerveNode, LifecycleState], None]) -> Callable:
+    def decorate(method: _Step) -> _Transition:
         @functools.wraps(method)
         def callback(self: NerveNode, state: LifecycleState) -> TransitionCallbackReturn:
             self.phase.state = doing
