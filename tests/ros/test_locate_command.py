@@ -8,6 +8,8 @@ import cv2
 import numpy as np
 import pytest
 
+from results_schema import assert_fits, printed, unnoticed
+
 PICTURE = {"width": 160, "height": 120}
 
 
@@ -31,6 +33,8 @@ def test_it_says_where_and_writes_the_mask(rig, tmp_path):
     done = nerve(rig, entry["name"], "--json", "--mask", str(tmp_path / "mask.png"))
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
+    assert_fits("locate", printed(done.stdout))
+    assert unnoticed("locate", answer) == []
     assert answer["box"] == entry["box"]
     assert answer["stamp"] == pytest.approx(events["mask"]["stamp"][0] + 1e-9 * events["mask"]["stamp"][1])
     mask = cv2.imread(str(tmp_path / "mask.png"), cv2.IMREAD_UNCHANGED)

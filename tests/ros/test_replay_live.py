@@ -29,6 +29,7 @@ from nerve_ros.cli import main
 from nerve_ros.demo.collector import Answer, Heard
 from nerve_ros.live import Comparison, Played, Rig, figures
 from nerve_ros.parameters import NodeConfig
+from results_schema import assert_fits, parse, printed
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 400.0
@@ -80,6 +81,8 @@ def test_a_node_that_runs_is_played_to_and_its_masks_equal_the_offline_ones(envi
             node.end()
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["images"] == 6
+    assert_fits("replay", printed(done.stdout))
+    assert_fits("results", parse((tmp_path / "out" / "results.json").read_text()))
     report = read_report(tmp_path / "out")
     (live,) = report.live
     assert (live.topic, live.rate) == (TOPIC, 0.1)

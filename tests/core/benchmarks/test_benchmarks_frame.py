@@ -12,6 +12,7 @@ from nerve_benchmarks.random_pair import ARCHITECTURES, Architecture, write_rand
 from nerve_benchmarks.task import names, picture
 from nerve_core import Segmenter, Vocabulary
 from nerve_core.models.pairs import find_pair, pair_names
+from results_schema import assert_fits, unnoticed
 
 _TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
 NARROW = Architecture(
@@ -81,6 +82,8 @@ def test_the_command_measures_both_sides_in_processes_of_their_own(pair, bench):
     assert found["speedup"] == found["baseline_p50_ms"] / found["p50_ms"]
     assert (found["baseline_precision"], found["operator"]) == ("float32", "dense fused")
     assert "plain diffusers + transformers" in err
+    assert_fits("bench_frame", found)
+    assert unnoticed("bench_frame", found) == []
 
 
 def test_a_side_that_fails_is_told_with_its_reason(bench, tmp_path):

@@ -29,6 +29,7 @@ from nerve_core.replay.writing import ResultBag
 from nerve_core.report import read_report, write_report
 from nerve_core.segmenter import Segmentation, Segmenter
 from nerve_core.text.vocabulary import Vocabulary
+from results_schema import assert_fits, parse, printed, unnoticed
 
 VOCABULARY = Vocabulary(["ball", "mug|cup", "ladder"])
 PATIENCE = 120.0
@@ -476,6 +477,9 @@ def test_the_command_replays_a_bag(bag, whole_pair, tmp_path, monkeypatch, capsy
         monkeypatch, capsys, bag, "--names", "ball, mug|cup", "--out", tmp_path / "out", "--model", whole_pair, "--json"
     )
     assert (code, json.loads(out.splitlines()[-1])["images"]) == (0, 6), err
+    assert_fits("replay", printed(out))
+    assert unnoticed("replay", printed(out)) == []
+    assert_fits("results", parse((tmp_path / "out" / "results.json").read_text()))
     assert {"report.html", "results.json", "bag", "camera.webm"} <= {path.name for path in (tmp_path / "out").iterdir()}
     assert read_report(tmp_path / "out").cameras[0].frames == 6
 
