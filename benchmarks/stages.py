@@ -22,6 +22,7 @@ from nerve_core.models.loading import quiet_libraries
 from nerve_core.models.pairs import ModelPair, find_pair
 from nerve_core.networks.dense_clip import DenseClip
 from nerve_core.networks.diffusion import DiffusionTaps, tapped_projections
+from nerve_core.networks.parts import as_unet
 from nerve_core.readout import read_out
 from nerve_core.settings import Settings
 
@@ -45,9 +46,10 @@ def stages(name: str, device: str, count: int = 21) -> list[dict[str, float | st
         latent, features = part.taps.noisy_latent(pixels), part(image)
         G = segmenter.frame(image, queries)[0]
         P = segmenter.refine(features.Q, features.K, G).P
+    unet = as_unet(part.taps.unet)
     work: dict[str, Callable[[], object]] = {
         "VAE encoder": lambda: part.taps.noisy_latent(pixels),
-        "U-Net to the last keys": lambda: tapped_projections(part.taps.unet, latent, part.taps.config.taps),
+        "U-Net to the last keys": lambda: tapped_projections(unet, latent, part.taps.config.taps),
         "CLIP, patch by patch": lambda: part.clip.features(pixels),
         "walk": lambda: segmenter.refine(features.Q, features.K, G),
         "readout": lambda: read_out(

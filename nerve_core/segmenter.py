@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, wraps
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -33,6 +33,8 @@ from .text.vocabulary import UNLABELLED, Vocabulary
 from .walk.random_walk import Refinement, refine
 from .walk.workspace import Workspace
 
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
 _VOCABULARIES_KEPT = 32
 _log = logging.getLogger(__name__)
 STAGES = ("preprocess", "clip", "diffusion", "probabilities", "refine", "readout")
@@ -75,11 +77,13 @@ class EncodedImage:
     watch: Stopwatch
 
 
-def _tells_memory(method: Callable[..., Any]) -> Callable[..., Any]:
+def _tells_memory(
+    method: Callable[Concatenate[Segmenter, Parameters], Result],
+) -> Callable[Concatenate[Segmenter, Parameters], Result]:
     """Turn the errors of a lack of memory in a method of Segmenter into OutOfMemory."""
 
     @wraps(method)
-    def guarded(self: Segmenter, *args: Any, **kwargs: Any) -> Any:
+    def guarded(self: Segmenter, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
         try:
             return method(self, *args, **kwargs)
         except (RuntimeError, MemoryError) as error:
@@ -342,7 +346,7 @@ class Segmenter:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _on_device(self) -> AbstractContextManager:
+    def _on_device(self) -> AbstractContextManager[object]:
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def _no_memory(self, reason: str) -> NoReturn:
@@ -418,7 +422,7 @@ def _precision(dtype: torch.dtype | str | None, device: torch.device) -> torch.d
     names = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
     names |= {str(value).removeprefix("torch."): value for value in names.values()}
     chosen = names.get(dtype) if isinstance(dtype, str) else dtype
-    if chosen not in names.values():
+    if chosen is None or chosen not in names.values():
         raise ValueError(f"precision {dtype!r} is unknown; choose one of {', '.join(names)}")
     return chosen
 

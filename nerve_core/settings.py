@@ -76,11 +76,12 @@ class Settings:
 
     @classmethod
     def names(cls) -> dict[str, str]:
-        """Every parameter's name and the room it belongs to."""
+        """Every parameter's name and the section it belongs to."""
+        defaults = cls()
         return {
-            parameter.name: room.name
-            for room in dataclasses.fields(cls)
-            for parameter in dataclasses.fields(room.default_factory)  # type: ignore[arg-type]
+            parameter.name: section.name
+            for section in dataclasses.fields(cls)
+            for parameter in dataclasses.fields(getattr(defaults, section.name))
         }
 
     def replaced(self, overrides: Mapping[str, Any]) -> Settings:
@@ -89,29 +90,29 @@ class Settings:
         Lists become tuples, as JSON has no tuples. Raises ValueError for a name that is unknown or a value of another
         type or out of range.
         """
-        rooms = self.names()
-        unknown = sorted(set(overrides) - set(rooms))
+        sections = self.names()
+        unknown = sorted(set(overrides) - set(sections))
         if unknown:
-            raise ValueError(f"unknown settings {', '.join(unknown)}; known are {', '.join(sorted(rooms))}")
+            raise ValueError(f"unknown settings {', '.join(unknown)}; known are {', '.join(sorted(sections))}")
         changes: dict[str, dict[str, Any]] = {}
         for name, value in overrides.items():
             frozen, kind = _frozen(value), self._kind(name)
             if not _is_of(frozen, kind):
                 raise ValueError(f"{name} is {value!r}; it must be of type {kind}")
-            changes.setdefault(rooms[name], {})[name] = frozen
+            changes.setdefault(sections[name], {})[name] = frozen
         return dataclasses.replace(
             self,
-            **{room: dataclasses.replace(getattr(self, room), **values) for room, values in changes.items()},
+            **{section: dataclasses.replace(getattr(self, section), **values) for section, values in changes.items()},
         )
 
     def _kind(self, name: str) -> str:
-        """A parameter's type as its room declares it."""
+        """A parameter's type as its section declares it."""
         declared = dataclasses.fields(getattr(self, self.names()[name]))
         return next(str(parameter.type) for parameter in declared if parameter.name == name)
 
     def flat(self) -> dict[str, Any]:
         """Every parameter by its name."""
-        return {name: getattr(getattr(self, room), name) for name, room in self.names().items()}
+        return {name: getattr(getattr(self, section), name) for name, section in self.names().items()}
 
 
 def preset(name: str) -> Mapping[str, Any]:

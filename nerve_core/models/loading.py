@@ -13,23 +13,25 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from diffusers.models import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from diffusers.models.resnet import ResnetBlock2D
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig, PreTrainedModel
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from ..errors import ModelError
 from ..networks.dense_clip import run_layer
 from ..networks.diffusion import cut_unet, run_resnet
-from ..networks.layers import lay_out
+from ..networks.layers import Network, lay_out
+from ..networks.parts import drop, of_class
 from ..settings import Settings
 from ..text.cache import EmbeddingCache, space_of
 from .pairs import Source
 from .weights import CLIP_FILES, DIFFUSION_FILES, HALF, TAESD_FILES, identity, local_folder, weight_file
 
-Network = TypeVar("Network", bound=nn.Module)
+Pretrained = TypeVar("Pretrained", bound=PreTrainedModel)
+Described = TypeVar("Described", AutoencoderKL, AutoencoderTiny, UNet2DConditionModel)
 
 
 @dataclass(frozen=True)
@@ -58,21 +60,11 @@ def load_clip(
     folder = local_folder(source, CLIP_FILES, cache_dir=cache_dir, offline=offline)
     with _as_model_error("CLIP", folder):
         weights = weight_file(folder, "model", half=dtype == torch.float16)
-        model, info = CLIPModel.from_pretrained(
-            folder,
-            dtype=dtype,
-            variant="fp16" if weights.name.endswith(f"{HALF}.safetensors") else None,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-        )
-        missing = sorted(info["missing_keys"])
-        if missing:
-            raise ValueError(f"{weights} lacks {len(missing)} tensors, such as {missing[0]}")
+        model = _pretrained(CLIPModel, folder, weights, dtype)
         tokenizer = load_tokenizer(folder)
         known_by = f"{identity(folder, weights.name)}:{dtype}"
     model.set_attn_implementation("sdpa")
-    return LoadedClip(model.to(device).eval().requires_grad_(False), tokenizer, known_by)
+    return LoadedClip(_ready(model, device), tokenizer, known_by)
 
 
 def load_diffusion(
@@ -102,15 +94,15 @@ def load_diffusion(
     cut_unet(unet, taps)
     with _as_model_error("the diffusion model", folder):
         if taesd is None:
-            vae = _described(AutoencoderKL, folder / "vae")
-            vae.decoder = vae.post_quant_conv = None
+            vae: AutoencoderKL | AutoencoderTiny = _described(AutoencoderKL, folder / "vae")
+            drop(vae, "decoder", "post_quant_conv")
             _read(vae, weight_file(folder, "vae/diffusion_pytorch_model", half=half), device, dtype)
         _read(unet, weight_file(folder, "unet/diffusion_pytorch_model", half=half), device, dtype)
     if taesd is not None:
         tiny = local_folder(taesd, TAESD_FILES, cache_dir=cache_dir, offline=offline)
         with _as_model_error("the tiny encoder", tiny):
             vae = _described(AutoencoderTiny, tiny)
-            vae.decoder = None
+            drop(vae, "decoder")
             _read(vae, weight_file(tiny, "diffusion_pytorch_model", half=half), device, dtype)
     return LoadedDiffusion(vae, unet, scheduler, prompt)
 
@@ -129,22 +121,11 @@ def empty_prompt(folder: Path, *, device: torch.device, dtype: torch.dtype, cach
     known = cache.get(space, [""]) if cache is not None else {}
     if known:
         return torch.from_numpy(known[""]).to(device, dtype)
-    encoder, info = CLIPTextModel.from_pretrained(
-        folder,
-        subfolder="text_encoder",
-        dtype=dtype,
-        variant="fp16" if weights.name.endswith(f"{HALF}.safetensors") else None,
-        use_safetensors=True,
-        local_files_only=True,
-        output_loading_info=True,
-    )
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise ValueError(f"{weights} lacks {len(missing)} tensors, such as {missing[0]}")
+    encoder = _pretrained(CLIPTextModel, folder, weights, dtype, subfolder="text_encoder")
     tokenizer = load_tokenizer(folder / "tokenizer")
     length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
     tokens = tokenizer("", padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-    hidden = encoder.to(device).eval()(input_ids=tokens.input_ids.to(device)).last_hidden_state
+    hidden = _ready(encoder, device)(input_ids=tokens.input_ids.to(device)).last_hidden_state
     if not hidden.isfinite().all():
         raise ValueError(f"{weights} overflows in {str(dtype).removeprefix('torch.')}; use bf16 or fp32")
     if cache is not None:
@@ -182,15 +163,16 @@ def bfloat16_is_faster(
         ]
     folder = local_folder(clip, CLIP_FILES, cache_dir=cache_dir, offline=offline)
     with _as_model_error("CLIP", folder):
-        vision = CLIPConfig.from_pretrained(folder, local_files_only=True).vision_config
-        side = max(1, settings.clip.short_side // vision.patch_size)
+        config = CLIPConfig.from_pretrained(folder, local_files_only=True)
+        vision = of_class(config.vision_config, CLIPVisionConfig, "vision_config")
+        side = max(1, settings.clip.short_side // of_class(vision.patch_size, int, "patch_size"))
         tokens = torch.ones(1, 1 + side * (4 * side // 3), vision.hidden_size)
         with torch.device("meta"):
             layer = CLIPEncoderLayer(vision)
         tried.append((run_layer, _of_one_value(layer), tokens))
     seconds = {torch.float32: 0.0, torch.bfloat16: 0.0}
-    for run, layer, x in tried:
-        sides = {dtype: (lay_out(copy.deepcopy(layer).to(dtype)), x.to(dtype)) for dtype in seconds}
+    for run, network, x in tried:
+        sides = {dtype: (lay_out(copy.deepcopy(network).to(dtype)), x.to(dtype)) for dtype in seconds}
         times: dict[torch.dtype, list[float]] = {dtype: [] for dtype in seconds}
         for _ in range(3):  # by turns, and the least counts: the first is slower, and other programs may run
             for dtype, arguments in sides.items():
@@ -207,11 +189,12 @@ def bfloat16_kernels() -> bool:
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def _residual_block(config: dict[str, Any], grid: tuple[int, int]) -> tuple[Callable, nn.Module, Tensor]:
+def _residual_block(config: dict[str, Any], grid: tuple[int, int]) -> tuple[Callable[..., Tensor], nn.Module, Tensor]:
     """How to run it, the first residual block of a U-Net or VAE and an input of (rows, columns)."""
     channels = config["block_out_channels"][0]
     with torch.device("meta"):
-        block = ResnetBlock2D(in_channels=channels, temb_channels=None, groups=config["norm_num_groups"])
+        block = ResnetBlock2D(in_channels=channels, groups=config["norm_num_groups"])
+    drop(block, "time_emb_proj")
     image = torch.ones(1, channels, *grid).contiguous(memory_format=torch.channels_last)
     return run_resnet, _of_one_value(block), image
 
@@ -224,10 +207,33 @@ def _of_one_value(network: nn.Module) -> nn.Module:
     return network
 
 
-def _described(kind: type[Network], folder: Path) -> Network:
+def _pretrained(kind: type[Pretrained], folder: Path, weights: Path, dtype: torch.dtype, **options: Any) -> Pretrained:
+    """A model of transformers with the weights of a safetensors file. Raises ValueError where the file lacks some."""
+    loaded: Any = kind.from_pretrained(
+        folder,
+        dtype=dtype,
+        variant="fp16" if weights.name.endswith(f"{HALF}.safetensors") else None,
+        use_safetensors=True,
+        local_files_only=True,
+        output_loading_info=True,  # by which it returns a pair, whatever its types say
+        **options,
+    )
+    model, info = loaded
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ValueError(f"{weights} lacks {len(missing)} tensors, such as {missing[0]}")
+    return model
+
+
+def _ready(network: Network, device: torch.device) -> Network:
+    """A network moved to a device, in place, to be run and not trained."""
+    return network.to(device).eval().requires_grad_(False)
+
+
+def _described(kind: type[Described], folder: Path) -> Described:
     """The network that a folder's config.json describes, without memory for its weights."""
     with torch.device("meta"):
-        return kind.from_config(json.loads((folder / "config.json").read_text())).eval()
+        return of_class(kind.from_config(json.loads((folder / "config.json").read_text())), kind, str(folder)).eval()
 
 
 def _read(network: nn.Module, file: Path, device: torch.device, dtype: torch.dtype) -> None:

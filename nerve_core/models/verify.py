@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from diffusers.models import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
 from safetensors import safe_open
 from torch import nn
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig
 
 from ..errors import ModelError
 from ..networks.diffusion import noise_levels
+from ..networks.parts import of_class, submodule
 from ..settings import Settings
 from .pairs import ModelPair, Source, find_pair
 from .weights import FILES, PICKLES, cached_folder, digest, in_words, weight_file
@@ -123,7 +125,8 @@ def _clip(report: _Report, folder: Path, source: Source) -> None:
     with report.part("clip"):
         content = _config(folder, "config.json", "model_type", "clip")
         config = CLIPConfig.from_dict(content)
-        text, vision = config.text_config, config.vision_config
+        text = of_class(config.text_config, CLIPTextConfig, "text_config")
+        vision = of_class(config.vision_config, CLIPVisionConfig, "vision_config")
         report.add(
             "fact",
             "clip",
@@ -133,7 +136,9 @@ def _clip(report: _Report, folder: Path, source: Source) -> None:
         )
         _weights(report, "clip", folder, "model", lambda: CLIPModel(config), source)
     with report.part("clip tokenizer"):
-        _tokenizer(report, "clip tokenizer", folder, CLIPConfig.from_dict(_json(folder / "config.json")).text_config)
+        config = CLIPConfig.from_dict(_json(folder / "config.json"))
+        text = of_class(config.text_config, CLIPTextConfig, "text_config")
+        _tokenizer(report, "clip tokenizer", folder, text)
 
 
 def _diffusion(report: _Report, folder: Path, source: Source) -> UNet2DConditionModel | None:
@@ -160,20 +165,21 @@ def _diffusion(report: _Report, folder: Path, source: Source) -> UNet2DCondition
     with report.part("unet"):
         content = _config(folder, "unet/config.json", "_class_name", "UNet2DConditionModel")
         with torch.device("meta"):
-            unet = UNet2DConditionModel.from_config(content)
-        _weights(report, "unet", folder, "unet/diffusion_pytorch_model", lambda: unet, source)
-    if unet is not None and text is not None and unet.config.cross_attention_dim != text.hidden_size:
+            network = of_class(UNet2DConditionModel.from_config(content), UNet2DConditionModel, "unet")
+        unet = network
+        _weights(report, "unet", folder, "unet/diffusion_pytorch_model", lambda: network, source)
+    if unet is not None and text is not None and unet.config["cross_attention_dim"] != text.hidden_size:
         report.add(
             "fault",
             "unet",
-            f"it takes prompts {unet.config.cross_attention_dim} wide and the text encoder makes them "
+            f"it takes prompts {unet.config['cross_attention_dim']} wide and the text encoder makes them "
             f"{text.hidden_size} wide; take both from one model",
         )
-    if unet is not None and vae and unet.config.in_channels != vae.get("latent_channels", 4):
+    if unet is not None and vae and unet.config["in_channels"] != vae.get("latent_channels", 4):
         report.add(
             "fault",
             "unet",
-            f"it takes latents of {unet.config.in_channels} channels and the VAE makes "
+            f"it takes latents of {unet.config['in_channels']} channels and the VAE makes "
             f"{vae.get('latent_channels', 4)}; take a model for text to image (not inpainting or depth), whole",
         )
     return unet
@@ -206,7 +212,8 @@ def _settings(report: _Report, pair: ModelPair, unet: UNet2DConditionModel | Non
                 "pair's settings"
             )
         for block, place in diffusion.taps:
-            attention = unet.up_blocks[block].attentions[place].transformer_blocks[0].attn1
+            path = f"up_blocks.{block}.attentions.{place}.transformer_blocks.0.attn1"
+            attention = submodule(unet, path, Attention)
             size = attention.to_q.out_features // attention.heads
             report.add("fact", "settings", f"tap ({block}, {place}) has {attention.heads} heads of {size}")
 

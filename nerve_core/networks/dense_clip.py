@@ -4,17 +4,18 @@ name."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import CLIPModel
+from transformers import CLIPModel, CLIPVisionConfig
 
 from ..text.templates import template_set
 from .layers import attend, lay_out
+from .parts import ClipAttention, ClipLayer, ClipVision, drop, of_class
 
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _DEVIATION = (0.26862954, 0.26130258, 0.27577711)
@@ -78,20 +79,21 @@ class DenseClip:
         """
         if clip.vision_model is None:
             raise ValueError("this CLIP has no vision tower left, it was taken over before; load it again")
-        self.vision, self.projection, self.config = clip.vision_model, clip.visual_projection, config
-        self.patch = clip.config.vision_config.patch_size
-        self.dtype = self.projection.weight.dtype
-        device = self.projection.weight.device
+        self.config = config
+        self.vision: nn.Module = clip.vision_model
+        self._tower: ClipVision = clip.vision_model
+        size = of_class(clip.config.vision_config, CLIPVisionConfig, "vision_config").patch_size
+        self.patch = of_class(size, int, "patch_size")
+        weight = clip.visual_projection.weight
+        self.dtype, device = weight.dtype, weight.device
         self._mean = torch.tensor(_MEAN, device=device).view(3, 1, 1)
         self._deviation = torch.tensor(_DEVIATION, device=device).view(3, 1, 1)
         self._positions: dict[tuple[int, int], Tensor] = {}
-        clip.vision_model = clip.visual_projection = None
-        last = self.vision.encoder.layers[-1]
-        for unused in _UNUSED_IN_LAST[config.head]:
-            parent, _, name = unused.rpartition(".")
-            setattr(last.get_submodule(parent), name, None)
+        last = len(self._tower.encoder.layers) - 1
+        drop(self.vision, *(f"encoder.layers.{last}.{unused}" for unused in _UNUSED_IN_LAST[config.head]))
         lay_out(self.vision)
-        self.projection = lay_out(nn.Sequential(self.projection))
+        self.projection = lay_out(nn.Sequential(clip.visual_projection))
+        drop(clip, "vision_model", "visual_projection")
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of patches for an image of that size.
@@ -112,12 +114,12 @@ class DenseClip:
         size = (grid[0] * self.patch, grid[1] * self.patch)
         pixels = F.interpolate(image, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
         pixels = ((pixels - self._mean) / self._deviation).to(self.dtype)
-        embeddings = self.vision.embeddings
+        embeddings = self._tower.embeddings
         patches = embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)  # [1, patches, width]
         tokens = torch.cat([embeddings.class_embedding.expand(1, 1, -1), patches], dim=1)
-        hidden = self.vision.pre_layrnorm(tokens + self.positions(grid))
-        maps, affinity = HEADS[self.config.head](self.vision.encoder.layers, hidden, grid)
-        projected = self.projection(self.vision.post_layernorm(maps[:, 1:]))
+        hidden = self._tower.pre_layrnorm(tokens + self.positions(grid))
+        maps, affinity = HEADS[self.config.head](self._tower.encoder.layers, hidden, grid)
+        projected = self.projection(self._tower.post_layernorm(maps[:, 1:]))
         return PatchFeatures(F.normalize(projected.float(), dim=-1), affinity, grid)
 
     @torch.no_grad()
@@ -141,7 +143,7 @@ class DenseClip:
         if grid not in self._positions:
             if len(self._positions) == _GRIDS_KEPT:
                 self._positions.pop(next(iter(self._positions)))
-            learnt = self.vision.embeddings.position_embedding.weight
+            learnt = self._tower.embeddings.position_embedding.weight
             side = round((len(learnt) - 1) ** 0.5)
             plane = learnt[1:].T.reshape(1, -1, side, side)
             if grid != (side, side):
@@ -153,17 +155,17 @@ class DenseClip:
 # --- heads: layers, hidden [1, 1 + patches, width], grid -> maps [maps, 1 + patches, width], affinity or None ---
 
 
-def _split(attention: nn.Module, projected: Tensor) -> Tensor:
+def _split(attention: ClipAttention, projected: Tensor) -> Tensor:
     """[B, T, width] -> [B, heads, T, size]."""
     return projected.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
 
 
-def _merge(attention: nn.Module, attended: Tensor) -> Tensor:
+def _merge(attention: ClipAttention, attended: Tensor) -> Tensor:
     """[B, heads, T, size] -> [B, T, width] through the output projection."""
     return attention.out_proj(attended.transpose(1, 2).flatten(2))
 
 
-def run_layer(layer: nn.Module, hidden: Tensor) -> Tensor:
+def run_layer(layer: ClipLayer, hidden: Tensor) -> Tensor:
     """One transformer layer, as trained."""
     attention, normed = layer.self_attn, layer.layer_norm1(hidden)
     q, k, v = (_split(attention, project(normed)) for project in (attention.q_proj, attention.k_proj, attention.v_proj))
@@ -174,14 +176,14 @@ def run_layer(layer: nn.Module, hidden: Tensor) -> Tensor:
 _Grid: TypeAlias = tuple[int, int]
 
 
-def _vanilla(layers: nn.ModuleList, hidden: Tensor, grid: _Grid) -> tuple[Tensor, None]:
+def _vanilla(layers: Sequence[ClipLayer], hidden: Tensor, grid: _Grid) -> tuple[Tensor, None]:
     """The last layer's tokens as they are."""
     for layer in layers:
         hidden = run_layer(layer, hidden)
     return hidden, None
 
 
-def _maskclip(layers: nn.ModuleList, hidden: Tensor, grid: _Grid) -> tuple[Tensor, None]:
+def _maskclip(layers: Sequence[ClipLayer], hidden: Tensor, grid: _Grid) -> tuple[Tensor, None]:
     """The last layer attends nowhere: every token keeps its own value (MaskCLIP, arXiv 2112.01071, Sec. 3.3)."""
     for layer in layers[:-1]:
         hidden = run_layer(layer, hidden)
@@ -190,7 +192,7 @@ def _maskclip(layers: nn.ModuleList, hidden: Tensor, grid: _Grid) -> tuple[Tenso
     return hidden + last.mlp(last.layer_norm2(hidden)), None
 
 
-def _before_last(layers: nn.ModuleList, hidden: Tensor, *projections: str) -> list[Tensor]:
+def _before_last(layers: Sequence[ClipLayer], hidden: Tensor, *projections: str) -> list[Tensor]:
     """What enters the last layer, and that layer's queries, keys or values of it, [1, heads, T, size] each."""
     for layer in layers[:-1]:
         hidden = run_layer(layer, hidden)
@@ -198,7 +200,7 @@ def _before_last(layers: nn.ModuleList, hidden: Tensor, *projections: str) -> li
     return [hidden, *(_split(attention, getattr(attention, name)(normed)) for name in projections)]
 
 
-def _sclip(layers: nn.ModuleList, hidden: Tensor, grid: _Grid) -> tuple[Tensor, None]:
+def _sclip(layers: Sequence[ClipLayer], hidden: Tensor, grid: _Grid) -> tuple[Tensor, None]:
     """The last layer attends by what is alike in its queries and by what is alike in its keys, both with full weight:
     softmax(q q^T / sqrt(D)) + softmax(k k^T / sqrt(D)) (SCLIP, arXiv 2312.01597)."""
     hidden, q, k, v = _before_last(layers, hidden, "q_proj", "k_proj", "v_proj")
@@ -207,14 +209,14 @@ def _sclip(layers: nn.ModuleList, hidden: Tensor, grid: _Grid) -> tuple[Tensor, 
     return hidden + last.mlp(last.layer_norm2(hidden)), None
 
 
-def _clearclip(layers: nn.ModuleList, hidden: Tensor, grid: _Grid) -> tuple[Tensor, None]:
+def _clearclip(layers: Sequence[ClipLayer], hidden: Tensor, grid: _Grid) -> tuple[Tensor, None]:
     """The last layer's attention alone, without residual and feed-forward, by its queries: softmax(q q^T / sqrt(D))
     (ClearCLIP, arXiv 2407.12442)."""
     _, q, v = _before_last(layers, hidden, "q_proj", "v_proj")
     return _merge(layers[-1].self_attn, attend(q, q, v)), None
 
 
-def _naclip(layers: nn.ModuleList, hidden: Tensor, grid: _Grid) -> tuple[Tensor, None]:
+def _naclip(layers: Sequence[ClipLayer], hidden: Tensor, grid: _Grid) -> tuple[Tensor, None]:
     """The last layer's attention alone, without residual and feed-forward, by its keys and by nearness:
     softmax(k k^T / sqrt(D) + omega), omega a Gaussian of height 1 and deviation 5 patches around each patch, and 0 to
     and from the class token (NACLIP, arXiv 2404.08181)."""
@@ -247,7 +249,7 @@ def _attend_and_add(q: Tensor, k: Tensor, v: Tensor, fused: Tensor) -> Tensor:
     return attended
 
 
-def _cliper(layers: nn.ModuleList, hidden: Tensor, grid: _Grid) -> tuple[Tensor, Tensor]:
+def _cliper(layers: Sequence[ClipLayer], hidden: Tensor, grid: _Grid) -> tuple[Tensor, Tensor]:
     """The last layer attends by the earlier layers' fused maps, over every layer's input (CLIPer, arXiv 2411.13836).
 
     Per head: the earlier layers' attention summed, made doubly near-stochastic, symmetric, less its column means,
@@ -284,7 +286,7 @@ def _cliper(layers: nn.ModuleList, hidden: Tensor, grid: _Grid) -> tuple[Tensor,
     return maps, affinity / affinity.sum(-1, keepdim=True)
 
 
-HEADS: dict[str, Callable[[nn.ModuleList, Tensor, _Grid], tuple[Tensor, Tensor | None]]] = {
+HEADS: dict[str, Callable[[Sequence[ClipLayer], Tensor, _Grid], tuple[Tensor, Tensor | None]]] = {
     "vanilla": _vanilla,
     "maskclip": _maskclip,
     "sclip": _sclip,

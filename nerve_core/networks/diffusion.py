@@ -4,13 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from diffusers.models import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .layers import attend, lay_out
+from .parts import (
+    Block,
+    Layer,
+    Resnet,
+    SelfAttention,
+    SpatialTransformer,
+    Unet,
+    Vae,
+    as_unet,
+    as_vae,
+    drop,
+    submodule,
+)
 
 ENCODERS = ("vae", "taesd")
 
@@ -100,30 +117,34 @@ class DiffusionTaps:
         """
         self.vae, self.unet, self.config = vae, unet, config
         self.dtype = prompt.dtype
-        self.cell = 2 ** (len(vae.config.block_out_channels) - 1)
-        step = self.cell * 2 ** (len(unet.config.block_out_channels) - 1)
+        self.cell = 2 ** (len(vae.config["block_out_channels"]) - 1)
+        step = self.cell * 2 ** (len(unet.config["block_out_channels"]) - 1)
         if any(side % step for side in config.input_size):
             raise ValueError(
                 f"input_size is {config.input_size}; both sides must be multiples of {step} for this model"
             )
         if isinstance(vae, AutoencoderTiny) != (config.encoder == "taesd"):
             raise ValueError(f"encoder is {config.encoder!r} and the network is a {type(vae).__name__}; load the other")
-        if vae.config.latent_channels != unet.config.in_channels:
+        made, taken = vae.config["latent_channels"], unet.config["in_channels"]
+        if made != taken:
             raise ValueError(
-                f"the encoder makes latents of {vae.config.latent_channels} channels and the U-Net takes "
-                f"{unet.config.in_channels}; take both from one model for text to image"
+                f"the encoder makes latents of {made} channels and the U-Net takes "
+                f"{taken}; take both from one model for text to image"
             )
         cut_encoder(vae)
         cut_unet(unet, config.taps)
         fix_unet(unet, config.timestep, prompt)
+        self._encode: Layer = vae.encoder if isinstance(vae, AutoencoderTiny) else partial(encode, as_vae(vae))
+        self._unet = as_unet(unet)
         lay_out(vae)
         lay_out(unet)
+        self.scaling = vae.config["scaling_factor"]
         self.signal, self.noise = noise_levels(scheduler, config.timestep)
         rows, columns = (side // self.cell for side in config.input_size)
-        coarser = 2 ** (len(unet.config.block_out_channels) - 1 - config.taps[0][0])
+        coarser = 2 ** (len(unet.config["block_out_channels"]) - 1 - config.taps[0][0])
         self.grid = (rows // coarser, columns // coarser)
         generator = torch.Generator().manual_seed(config.noise_seed)
-        noise = torch.randn((1, vae.config.latent_channels, rows, columns), generator=generator)
+        noise = torch.randn((1, made, rows, columns), generator=generator)
         self._noise = (self.noise * noise).to(prompt.device)
 
     @torch.no_grad()
@@ -132,7 +153,7 @@ class DiffusionTaps:
 
         image: float32 [1, 3, H, W] in 0..1, RGB, on the model's device. The same image always gives the same result.
         """
-        Q, K = tapped_projections(self.unet, self.noisy_latent(image), self.config.taps)
+        Q, K = tapped_projections(self._unet, self.noisy_latent(image), self.config.taps)
         return Q[0], K[0]
 
     @torch.no_grad()
@@ -140,7 +161,7 @@ class DiffusionTaps:
         """The image's latent at the timestep: [1, channels, h, w] in the network's dtype, `cell` pixels a side each."""
         pixels = F.interpolate(image, self.config.input_size, mode="bilinear", antialias=True, align_corners=False)
         pixels = (2 * pixels - 1).to(self.dtype, memory_format=torch.channels_last)
-        latent = encode(self.vae, pixels).float() * self.vae.config.scaling_factor
+        latent = self._encode(pixels).float() * self.scaling
         return (self.signal * latent + self._noise).to(self.dtype, memory_format=torch.channels_last)
 
 
@@ -168,20 +189,23 @@ _MORE = (
     "resnet_skip_time_act",
     "time_embedding_act_fn",
 )
+_UNUSED_IN_TAPPED = ("attn2", "norm2", "norm3", "ff", "attn1.to_v", "attn1.to_out")
 
 
 def cut_encoder(vae: AutoencoderKL | AutoencoderTiny) -> None:
     """Drop the decoder and the latent's variance, in place. Raises ValueError for an encoder that `encode` would run
     wrongly."""
-    vae.decoder = None
+    drop(vae, "decoder")
     if isinstance(vae, AutoencoderTiny):
         return
-    vae.post_quant_conv = None
-    last, mean = vae.quant_conv or vae.encoder.conv_out, slice(vae.config.latent_channels)
+    drop(vae, "post_quant_conv")
+    last = submodule(vae, "encoder.conv_out" if vae.quant_conv is None else "quant_conv", nn.Conv2d)
+    mean = slice(vae.config["latent_channels"])
     last.weight = nn.Parameter(last.weight.detach()[mean].clone(), requires_grad=False)
-    last.bias = nn.Parameter(last.bias.detach()[mean].clone(), requires_grad=False)
-    more = [kind for kind in vae.config.down_block_types if kind != "DownEncoderBlock2D"]
-    more += [] if vae.config.act_fn in _PLAIN["act_fn"] else [f"act_fn = {vae.config.act_fn}"]
+    if last.bias is not None:
+        last.bias = nn.Parameter(last.bias.detach()[mean].clone(), requires_grad=False)
+    more = [kind for kind in vae.config["down_block_types"] if kind != "DownEncoderBlock2D"]
+    more += [] if vae.config["act_fn"] in _PLAIN["act_fn"] else [f"act_fn = {vae.config['act_fn']}"]
     if more:
         raise ValueError(f"this VAE has {', '.join(more)}, which is not supported; use Stable Diffusion's")
 
@@ -211,21 +235,23 @@ def cut_unet(unet: UNet2DConditionModel, taps: Sequence[tuple[int, int]]) -> Non
     if len({block for block, _ in taps}) > 1:
         raise ValueError(f"taps are {tuple(taps)}; all must lie in one up block, so that they share a grid")
     last, place = taps[-1]
-    unet.conv_norm_out = unet.conv_act = unet.conv_out = None
-    unet.up_blocks = unet.up_blocks[: last + 1]
-    block = unet.up_blocks[last]
-    block.resnets, block.attentions = block.resnets[: place + 1], block.attentions[: place + 1]
-    block.upsamplers = None
-    tapped = block.attentions[place]
-    tapped.proj_out, tapped.transformer_blocks = None, tapped.transformer_blocks[:1]
-    inner = tapped.transformer_blocks[0]
-    inner.attn2 = inner.norm2 = inner.norm3 = inner.ff = inner.attn1.to_v = inner.attn1.to_out = None
+    path = f"up_blocks.{last}"
+    tapped = f"{path}.attentions.{place}"
+    del unet.up_blocks[last + 1 :]
+    for part in ("resnets", "attentions"):
+        del submodule(unet, f"{path}.{part}", nn.ModuleList)[place + 1 :]
+    del submodule(unet, f"{tapped}.transformer_blocks", nn.ModuleList)[1:]
+    drop(unet, "conv_norm_out", "conv_act", "conv_out", f"{path}.upsamplers", f"{tapped}.proj_out")
+    drop(unet, *(f"{tapped}.transformer_blocks.0.{unused}" for unused in _UNUSED_IN_TAPPED))
 
 
 class _PromptAttention(nn.Module):
     """Cross-attention to a prompt that does not change: its keys and values [1, heads, T, D] are worked out once."""
 
-    def __init__(self, attention: nn.Module, prompt: Tensor) -> None:
+    K: Tensor
+    V: Tensor
+
+    def __init__(self, attention: Attention, prompt: Tensor) -> None:
         super().__init__()
         self.heads, self.to_q, self.to_out = attention.heads, attention.to_q, attention.to_out
         self.register_buffer("K", _split(attention.to_k(prompt), self.heads).contiguous())
@@ -233,7 +259,7 @@ class _PromptAttention(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         K, V = (x.expand(len(tokens), -1, -1, -1) for x in (self.K, self.V))
-        return _merge(self, attend(_split(self.to_q(tokens), self.heads), K, V))
+        return _merge(self.to_out[0], attend(_split(self.to_q(tokens), self.heads), K, V))
 
 
 @torch.no_grad()
@@ -248,26 +274,24 @@ def fix_unet(unet: UNet2DConditionModel, timestep: int, prompt: Tensor) -> None:
     steps = torch.tensor([timestep], device=prompt.device)
     embedding = F.silu(unet.time_embedding(unet.time_proj(steps).to(prompt.dtype)))
     for module in unet.modules():
-        if getattr(module, "time_emb_proj", None) is not None:
+        if isinstance(module, ResnetBlock2D) and module.time_emb_proj is not None:
             bias = module.conv1.bias + module.time_emb_proj(embedding)[0]
             module.conv1.bias = nn.Parameter(bias, requires_grad=False)
-            module.time_emb_proj = None
-        if getattr(module, "attn2", None) is not None:
-            module.attn2 = _PromptAttention(module.attn2, prompt)
-    unet.time_embedding = unet.time_proj = None
+            drop(module, "time_emb_proj")
+        if isinstance(module, BasicTransformerBlock) and module.attn2 is not None:
+            module.register_module("attn2", _PromptAttention(module.attn2, prompt))
+    drop(unet, "time_embedding", "time_proj")
 
 
 # --- the networks' own modules, run -------------------------------------------------------------------------
 
 
-def encode(vae: AutoencoderKL | AutoencoderTiny, pixels: Tensor) -> Tensor:
-    """The latent before its scaling, [B, channels, h, w]; of an AutoencoderKL the mean: nothing is sampled.
+def encode(vae: Vae, pixels: Tensor) -> Tensor:
+    """The mean of the latent's distribution, before its scaling: [B, channels, h, w]; nothing is sampled.
 
     vae: after `cut_encoder`. pixels: [B, 3, H, W] in -1..1.
     """
     encoder = vae.encoder
-    if isinstance(vae, AutoencoderTiny):
-        return encoder(pixels)
     hidden = encoder.conv_in(pixels)
     for block in encoder.down_blocks:
         for resnet in block.resnets:
@@ -285,9 +309,7 @@ def encode(vae: AutoencoderKL | AutoencoderTiny, pixels: Tensor) -> Tensor:
     return latent if vae.quant_conv is None else vae.quant_conv(latent)
 
 
-def tapped_projections(
-    unet: UNet2DConditionModel, latent: Tensor, taps: Sequence[tuple[int, int]]
-) -> tuple[Tensor, Tensor]:
+def tapped_projections(unet: Unet, latent: Tensor, taps: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
     """Run the U-Net's own modules until the last tap and return its self-attention queries and keys.
 
     unet: after `fix_unet`. latent: [B, channels, h, w]. taps: ascending (up block, attention) of one up block.
@@ -295,13 +317,13 @@ def tapped_projections(
     """
     hidden = unet.conv_in(latent)
     skips = [hidden]
-    for block in unet.down_blocks:
-        for resnet, attention in _layers(block):
+    for down in unet.down_blocks:
+        for resnet, attention in _layers(down):
             hidden = run_resnet(resnet, hidden)
             if attention is not None:
                 hidden = _transformer(attention, hidden)
             skips.append(hidden)
-        for downsampler in block.downsamplers or ():
+        for downsampler in down.downsamplers or ():
             hidden = downsampler(hidden)
             skips.append(hidden)
     if unet.mid_block is not None:
@@ -309,33 +331,35 @@ def tapped_projections(
         for attention, resnet in zip(unet.mid_block.attentions, unet.mid_block.resnets[1:], strict=True):
             hidden = run_resnet(resnet, _transformer(attention, hidden))
     read: list[tuple[Tensor, Tensor]] = []
-    for index, block in enumerate(unet.up_blocks):
-        for place, (resnet, attention) in enumerate(_layers(block)):
+    for index, up in enumerate(unet.up_blocks):
+        for place, (resnet, attention) in enumerate(_layers(up)):
             hidden = run_resnet(resnet, torch.cat([hidden, skips.pop()], dim=1))
+            if attention is None:
+                continue
             if (index, place) in taps:
                 read.append(_self_attention_projections(attention, hidden))
             if (index, place) == tuple(taps[-1]):
                 return torch.cat([q for q, _ in read], 1), torch.cat([k for _, k in read], 1)
-            if attention is not None:
-                hidden = _transformer(attention, hidden)
-        for upsampler in block.upsamplers or ():
+            hidden = _transformer(attention, hidden)
+        for upsampler in up.upsamplers or ():
             hidden = upsampler(hidden, tuple(skips[-1].shape[2:]))
     raise ValueError(f"taps {tuple(taps)} are not all in this U-Net, or it was cut down for others")
 
 
-def _layers(block: nn.Module) -> Iterator[tuple[nn.Module, nn.Module | None]]:
+def _layers(block: Block) -> Iterator[tuple[Resnet, SpatialTransformer | None]]:
     """A block's residual blocks, each with the transformer behind it."""
-    return zip(block.resnets, getattr(block, "attentions", (None,) * len(block.resnets)), strict=True)
+    attentions = getattr(block, "attentions", (None,) * len(block.resnets))
+    return zip(block.resnets, attentions, strict=True)
 
 
-def run_resnet(resnet: nn.Module, hidden: Tensor) -> Tensor:
+def run_resnet(resnet: Resnet, hidden: Tensor) -> Tensor:
     """A residual block whose share of the timestep lies in its bias. In place where memory is the cost."""
     inner = resnet.conv1(F.silu(resnet.norm1(hidden), inplace=True))
     inner = resnet.conv2(F.silu(resnet.norm2(inner), inplace=True))
     return inner.add_(hidden if resnet.conv_shortcut is None else resnet.conv_shortcut(hidden))
 
 
-def _transformer(transformer: nn.Module, hidden: Tensor) -> Tensor:
+def _transformer(transformer: SpatialTransformer, hidden: Tensor) -> Tensor:
     """A spatial transformer of [B, channels, h, w]."""
     tokens = _enter(transformer, hidden)
     for block in transformer.transformer_blocks:
@@ -347,14 +371,14 @@ def _transformer(transformer: nn.Module, hidden: Tensor) -> Tensor:
     return transformer.proj_out(_image(tokens, hidden)).add_(hidden)
 
 
-def _self_attention_projections(transformer: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
+def _self_attention_projections(transformer: SpatialTransformer, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """Q, K [B, heads, h * w, D] of a spatial transformer's first self-attention, for its input [B, channels, h, w]."""
     block = transformer.transformer_blocks[0]
     normed, attention = block.norm1(_enter(transformer, hidden)), block.attn1
-    return tuple(_split(project(normed), attention.heads) for project in (attention.to_q, attention.to_k))
+    return _split(attention.to_q(normed), attention.heads), _split(attention.to_k(normed), attention.heads)
 
 
-def _enter(transformer: nn.Module, hidden: Tensor) -> Tensor:
+def _enter(transformer: SpatialTransformer, hidden: Tensor) -> Tensor:
     """[B, channels, h, w] -> the tokens [B, h * w, width] of a spatial transformer."""
     hidden = transformer.norm(hidden)
     if transformer.use_linear_projection:
@@ -362,9 +386,9 @@ def _enter(transformer: nn.Module, hidden: Tensor) -> Tensor:
     return _tokens(transformer.proj_in(hidden))
 
 
-def _self_attention(attention: nn.Module, tokens: Tensor) -> Tensor:
-    projections = (attention.to_q, attention.to_k, attention.to_v)
-    return _merge(attention, attend(*(_split(project(tokens), attention.heads) for project in projections)))
+def _self_attention(attention: SelfAttention, tokens: Tensor) -> Tensor:
+    q, k, v = (_split(project(tokens), attention.heads) for project in (attention.to_q, attention.to_k, attention.to_v))
+    return _merge(attention.to_out[0], attend(q, k, v))
 
 
 def _tokens(image: Tensor) -> Tensor:
@@ -382,6 +406,6 @@ def _split(projected: Tensor, heads: int) -> Tensor:
     return projected.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-def _merge(attention: nn.Module, attended: Tensor) -> Tensor:
-    """[B, heads, T, D] -> [B, T, width] through the output projection."""
-    return attention.to_out[0](attended.transpose(1, 2).flatten(2))
+def _merge(projection: Layer, attended: Tensor) -> Tensor:
+    """[B, heads, T, D] -> [B, T, width] through the output projection of an attention."""
+    return projection(attended.transpose(1, 2).flatten(2))

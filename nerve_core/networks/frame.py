@@ -78,10 +78,11 @@ class FramePart:
     def __call__(self, image: np.ndarray, lap: Callable[[str], None] = lambda stage: None) -> FrameFeatures:
         """image: uint8 [H, W, 3], RGB. lap is told the end of each stage: "preprocess", then "clip" and "diffusion",
         or "networks" where they overlap."""
-        captured = None if self._beside is None else self._captured(tuple(image.shape))
+        beside = self._beside
+        captured = None if beside is None else self._captured(tuple(image.shape), beside)
         raw = torch.empty(image.shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
         raw.numpy()[...] = image
-        if self._beside is None:
+        if beside is None:
             pixels = _pixels(raw.to(self.device, non_blocking=True))
             lap("preprocess")
             patches = self._look(pixels)
@@ -92,7 +93,7 @@ class FramePart:
         if captured is None:
             raw = raw.to(self.device, non_blocking=True)
             lap("preprocess")
-            features = self._both(raw)
+            features = self._both(raw, beside)
         else:
             captured.raw.copy_(raw, non_blocking=True)
             lap("preprocess")
@@ -107,19 +108,19 @@ class FramePart:
             self._graphs.clear()
         self._seen.clear()
 
-    def _both(self, raw: Tensor) -> FrameFeatures:
+    def _both(self, raw: Tensor, beside: torch.cuda.Stream) -> FrameFeatures:
         """The two networks beside one another; what the second stream allocates is used again by it alone, and only
         after it has waited for the first."""
         main = torch.cuda.current_stream(self.device)
         pixels = _pixels(raw)
-        self._beside.wait_stream(main)
-        with torch.cuda.stream(self._beside):
+        beside.wait_stream(main)
+        with torch.cuda.stream(beside):
             patches = self._look(pixels)
         Q, K = self._tap(pixels)
-        main.wait_stream(self._beside)
+        main.wait_stream(beside)
         return FrameFeatures(patches, Q, K)
 
-    def _captured(self, shape: tuple[int, ...]) -> _Captured | None:
+    def _captured(self, shape: tuple[int, ...], beside: torch.cuda.Stream) -> _Captured | None:
         """The graph of a size that has come often enough; None while it has not, or where capture failed."""
         if self._graphs is None:
             return None
@@ -135,7 +136,7 @@ class FramePart:
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, pool=self._pool):
-                features = self._both(raw)
+                features = self._both(raw, beside)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+Network = TypeVar("Network", bound=nn.Module)
 _SCORES_AT_ONCE = 1 << 20
 """Attention scores of a block, 2 MB: they stay in a core's cache between the two products."""
 
@@ -43,7 +46,7 @@ def _attend_in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return attended.view_as(q)
 
 
-def lay_out(network: nn.Module) -> nn.Module:
+def lay_out(network: Network) -> Network:
     """Give the weights of a network that is only run from now on, in place, the order in memory that its device reads
     fastest: channels last, and on the CPU blocks as oneDNN wants them, which it would else sort at every call.
 
@@ -53,10 +56,14 @@ def lay_out(network: nn.Module) -> nn.Module:
     parents = [module for module in network.modules() if type(module) not in _PACKED]  # a layer kept here is not freed
     for parent in parents:
         for name, child in list(parent.named_children()):
-            packed = _PACKED.get(type(child))
+            if not isinstance(child, (nn.Conv2d, nn.Linear)):
+                continue
+            packed = _PACKED.get(type(child))  # not for a subclass, which may compute something else
             if packed is not None and child.weight.device.type == "cpu" and _packs(child.weight.dtype):
                 setattr(parent, name, packed(child))
-    return network.to(memory_format=torch.channels_last)
+    convert: Callable[..., nn.Module] = network.to  # whose types leave memory_format out
+    convert(memory_format=torch.channels_last)
+    return network
 
 
 class _PackedConv(nn.Module):
@@ -83,7 +90,7 @@ class _PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self._weight, self.bias, "none", [], "")
 
 
-_PACKED = {nn.Conv2d: _PackedConv, nn.Linear: _PackedLinear}
+_PACKED: dict[type[nn.Module], Callable[..., nn.Module]] = {nn.Conv2d: _PackedConv, nn.Linear: _PackedLinear}
 
 
 @functools.cache

@@ -231,7 +231,7 @@ class Affinity:
         if config.pairwise != config.kernel:  # eight neighbours cost little: they are compared without an estimate
             self._neighbour_operands = KERNELS[config.pairwise].operands(Q, K, config)[:2]
         self._keep = keep
-        self._kept: dict[tuple[int, int, int], Tensor | None] = {}
+        self._kept: dict[tuple[int, int, int], tuple[Tensor, Tensor | None]] = {}
         if not self.kernel.positive:
             _refuse_small(self.mass(), torch.full_like(self.left[..., 0], self.tokens), "global")
 
@@ -261,7 +261,7 @@ class Affinity:
         """
         key = (head, rows.start, rows.stop)
         if key in self._kept:
-            return self._keep[head, rows], self._kept[key]
+            return self._kept[key]
         affinities = linear(self.left[head, rows], self.right[head])
         kept = None if self._keep is None else self._keep[head, rows]
         if self.kernel.exponential:
@@ -272,7 +272,7 @@ class Affinity:
             if kept is not None:
                 affinities = kept.copy_(affinities)
         if kept is not None:
-            self._kept[key] = sums
+            self._kept[key] = kept, sums
         return affinities, sums
 
     def log_mass(self, head: int, rows: slice) -> Tensor:
@@ -287,7 +287,8 @@ class Affinity:
             return log_mass if self._log_scale is None else log_mass + self._log_scale[head, rows]
         if self.kernel.exponential:
             return torch.logsumexp(linear(self.left[head, rows], self.right[head]), -1)
-        return self.rows(head, rows)[1].log()
+        affinities, sums = self.rows(head, rows)
+        return (affinities.sum(-1) if sums is None else sums).log()
 
     def stencils(self) -> Tensor:
         """Every head's local affinities [H, N, 9] (Eq. 9), not normalised; eps_self is in the middle.

@@ -48,8 +48,11 @@ class FusionConfig:
             raise ValueError(f"beta is {self.beta}; it must lie in 0..1")
         if not (math.isfinite(self.c) and self.c >= 0):
             raise ValueError(f"c is {self.c}; it must be finite and >= 0 (10 is usual)")
-        index = isinstance(self.head_weights, int) and not isinstance(self.head_weights, bool)
-        if not (self.head_weights >= 0 if index else self.head_weights in ("entropy", "mean", "single")):
+        if isinstance(self.head_weights, int) and not isinstance(self.head_weights, bool):
+            known = self.head_weights >= 0
+        else:
+            known = self.head_weights in ("entropy", "mean", "single")
+        if not known:
             choices = "entropy, mean, single or the index of a head (>= 0)"
             raise ValueError(f"head_weights is {self.head_weights!r}; choose {choices}")
         if self.combine not in ("transitions", "affinities"):
@@ -142,11 +145,16 @@ class Transition(Protocol):
 
 def _fused_rows(affinity: Affinity, shares: Tensor, rows: slice, out: Tensor | None = None) -> Tensor:
     """sum_h shares[h] S_global^(h) for some rows: [B, N]."""
-    for head in range(affinity.heads):
-        A, mass = affinity.rows(head, rows)
-        share = (shares[head, rows] if mass is None else shares[head, rows] / mass)[:, None]
-        out = torch.mul(A, share, out=out) if head == 0 else out.addcmul_(A, share)
-    return out
+    fused = torch.mul(*_rows_and_share(affinity, shares, 0, rows), out=out)
+    for head in range(1, affinity.heads):
+        fused.addcmul_(*_rows_and_share(affinity, shares, head, rows))
+    return fused
+
+
+def _rows_and_share(affinity: Affinity, shares: Tensor, head: int, rows: slice) -> tuple[Tensor, Tensor]:
+    """Some rows of one head's affinity, [B, N], and what to multiply them by, [B, 1]: the share over the row's sum."""
+    A, mass = affinity.rows(head, rows)
+    return A, (shares[head, rows] if mass is None else shares[head, rows] / mass)[:, None]
 
 
 class DenseFused:
@@ -305,9 +313,9 @@ def build_transition(
         raise ValueError(f"kernel {affinity.config.kernel!r} is not low rank; choose dense fused or chunked")
     if operator == "local" and config.beta != 0:
         raise ValueError(f"operator 'local' has no global part; it needs beta 0, not {config.beta}")
-    stencil = None if config.beta == 1 else local_stencil(affinity, weights, config.combine)
     if operator == "local":
-        return LocalOnly(stencil, affinity.grid)
+        return LocalOnly(local_stencil(affinity, weights, config.combine), affinity.grid)
+    stencil = None if config.beta == 1 else local_stencil(affinity, weights, config.combine)
     shares = head_shares(affinity, weights, config.combine, rows_per_chunk)
     if operator == "low rank":
         return LowRank(affinity, shares, config.beta, stencil)
@@ -364,7 +372,7 @@ def fuse(
         keep = workspace.take("rows", (heads, tokens, tokens), G.dtype, G.device)
     A = Affinity(Q, K, grid, affinity, dtype=G.dtype, keep=keep)
     entropies = head_entropies(A, G, rows_per_chunk) if by_entropy else None
-    weights = entropy_weights(entropies, fusion.c) if by_entropy else G.new_full((A.heads,), 1 / A.heads)
+    weights = G.new_full((A.heads,), 1 / A.heads) if entropies is None else entropy_weights(entropies, fusion.c)
     transition = build_transition(
         A,
         weights,

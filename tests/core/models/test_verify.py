@@ -14,6 +14,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from safetensors import safe_open
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
 
+import nerve_core
 from nerve_core import ModelError, Segmenter
 from nerve_core.models.verify import verify
 from small_models import PAIR_SETTINGS, byte_tokenizer, narrow_sd21_unet, replace, sd_scheduler, small_vae
@@ -68,7 +69,7 @@ def test_a_whole_pair_passes_and_its_layout_is_told(pair):
 
 def test_the_embedded_pair_passes_and_its_digests_are_compared(tmp_path):
     assert texts(verify("embedded", deep=True), "fault") == []
-    copy = shutil.copytree(Path(verify.__code__.co_filename).parent / "embedded", tmp_path / "copy")
+    copy = shutil.copytree(Path(nerve_core.__file__).parent / "embedded", tmp_path / "copy")
     path = copy / "diffusion/unet/diffusion_pytorch_model.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
