@@ -1,4 +1,4 @@
-"""NERVE: find things in images by name, without training. No ROS in here.
+"""NERVE: segments images by names of objects, without training. Independent of ROS.
 
 from nerve_core import Segmenter, Vocabulary
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .text.vocabulary import Vocabulary as Vocabulary
     from .text.vocabulary import VocabularyError as VocabularyError
 
-_HOMES = {
+_MODULES = {
     "ClassConfidence": "readout",
     "ModelError": "errors",
     "OutOfMemory": "errors",
@@ -27,11 +27,11 @@ _HOMES = {
     "Vocabulary": "text.vocabulary",
     "VocabularyError": "text.vocabulary",
 }
-__all__ = sorted(_HOMES)
+__all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first asked for: the model libraries take seconds to import."""
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)

@@ -1,4 +1,4 @@
-"""The errors that say what a caller can do something about: models that cannot be loaded, memory that is lacking."""
+"""Errors that a caller can act on: models that cannot be loaded, and too little memory."""
 
 
 class ModelError(RuntimeError):
@@ -6,4 +6,4 @@ class ModelError(RuntimeError):
 
 
 class OutOfMemory(RuntimeError):
-    """The device, or the machine, has no room for what was asked; whatever could be spared is given back already."""
+    """The device or the machine has too little memory for what was asked; caches and buffers are freed already."""

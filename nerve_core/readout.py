@@ -1,4 +1,4 @@
-"""P -> labels, confidence, presence: what each pixel is called, how sure that is, and what was found of each name."""
+"""Reads the walk's probabilities P out at the image's size: labels, confidence, and what was found of each name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 READOUTS = ("argmax", "presence_minmax", "presence_max", "minmax")
-"""What is compared at a pixel, by name: see `ReadoutConfig`."""
+"""Names of what is compared at a pixel: see `ReadoutConfig`."""
 _CLIPER_READOUTS = ("presence_max", "minmax")
 _CPU_BAND_VALUES = 2**19  # of resized probabilities held at once: within the cache
 _CUDA_BAND_VALUES = 2**25
@@ -24,8 +24,8 @@ class ReadoutConfig:
     readout: what is compared, one of `READOUTS`. "argmax": the probabilities. "presence_minmax": each query's map
     stretched to 0..1, times its presence. "presence_max": each map over its maximum, times its presence; "minmax": each
     map stretched to 0..1; in these two neither negatives nor classes under presence_threshold compete, and background
-    is what is under threshold, which must then be above 0. So CLIPer's code reads its maps: "minmax" for the 21 classes
-    of VOC, "presence_max" elsewhere. threshold: least value of a label, on the scale that is compared, 0..1.
+    is what is under threshold, which must then be above 0. CLIPer's code reads its maps in these ways: "minmax" for the
+    21 classes of VOC, "presence_max" elsewhere. threshold: least value of a label, on the scale that is compared, 0..1.
     presence_threshold: least presence of a class in the image, 0..1. Raises ValueError.
     """
 
@@ -50,7 +50,7 @@ class Readout:
     labels: uint8 [H, W], 0 is background. confidence: uint8 [H, W], the winner's probability in 255ths.
     presence, peak: float32 [names], 0..1. by_row: int32 [names + 1, H] and by_column: int32 [names + 1, W], pixels of
     each label (0 first) in each row and column. certainty: int64 [names + 1], the sum of a label's confidence. maps:
-    uint8 [maps, H, W], the probability of each class that was asked for at every pixel, in 255ths.
+    uint8 [maps, H, W], the probability of each requested class at every pixel, in 255ths.
     """
 
     labels: Tensor
@@ -116,11 +116,11 @@ def read_out(
     label of each query, 0 for negatives. The queries of a class are merged by their maximum at each pixel, after
     resizing P bilinearly. A pixel is background where a negative wins, where the winner is under `threshold`, or its
     class under `presence_threshold`; of equals the lowest label wins, and background last. maps: for each map that is
-    wanted too, the queries of its class.
+    requested too, the queries of its class.
 
-    P must be >= 0. Where its rows are no distributions, as some of those that the walk is compared with leave them,
-    labels are still those of the greatest value; what is called confidence, presence and peak is then that value, no
-    probability, and confidence is cut to 0..1.
+    P must be >= 0. Where its rows are no distributions, as with some of the refinements that the walk is compared with,
+    labels are still those of the greatest value; confidence, presence and peak are then that value, no probability, and
+    confidence is clipped to 0..1.
     """
     device = P.device
     found = presence(G, P)

@@ -1,4 +1,4 @@
-"""The frame, start to end: image -> (CLIP patches; Q, K) -> G -> S -> P -> labels. What everything else calls."""
+"""The Segmenter labels every pixel of an image by a vocabulary: (CLIP patches; Q, K) -> G -> S -> P -> labels."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ from .text.vocabulary import UNLABELLED, Vocabulary
 from .walk.random_walk import Refinement, refine
 from .walk.workspace import Workspace
 
-Parameters = ParamSpec("Parameters")
-Result = TypeVar("Result")
+_Parameters = ParamSpec("_Parameters")
+_Result = TypeVar("_Result")
 _VOCABULARIES_KEPT = 32
 _log = logging.getLogger(__name__)
 STAGES = ("preprocess", "clip", "diffusion", "probabilities", "refine", "readout")
-"""What a frame's time goes into; on CUDA "networks" stands for "clip" and "diffusion", which overlap."""
+"""Stages that are timed; on CUDA "networks" stands for "clip" and "diffusion", which overlap."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Segmentation:
     labels: uint8 [H, W]; 0 is background, k is names[k - 1]; all 255 where the vocabulary was empty.
     confidence_u8: uint8 [H, W], the winning label's probability, linear in 0..255. timings: ms per stage, and "total".
     operator: the form of S that was chosen, see `fusion.choose_operator`; "" where the vocabulary was empty.
-    maps: uint8 [maps, H, W], each label's probability that was asked for, at every pixel, linear in 0..255.
+    maps: uint8 [maps, H, W], the probability of each requested label at every pixel, linear in 0..255.
     """
 
     labels: np.ndarray
@@ -67,7 +67,7 @@ class Segmentation:
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """What the networks make of one image, for any vocabulary; good until the next image is encoded.
+    """The networks' output for one image, for any vocabulary; valid until the next image is encoded.
 
     size: rows and columns of the image.
     """
@@ -77,20 +77,20 @@ class EncodedImage:
     watch: Stopwatch
 
 
-def _tells_memory(
-    method: Callable[Concatenate[Segmenter, Parameters], Result],
-) -> Callable[Concatenate[Segmenter, Parameters], Result]:
-    """Turn the errors of a lack of memory in a method of Segmenter into OutOfMemory."""
+def _raises_out_of_memory(
+    method: Callable[Concatenate[Segmenter, _Parameters], _Result],
+) -> Callable[Concatenate[Segmenter, _Parameters], _Result]:
+    """Turn allocation errors in a method of Segmenter into OutOfMemory."""
 
     @wraps(method)
-    def guarded(self: Segmenter, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+    def guarded(self: Segmenter, *args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Result:
         try:
             return method(self, *args, **kwargs)
         except (RuntimeError, MemoryError) as error:
             reason = _lack_of_memory(error)
             if reason is None:
                 raise
-        # Not before: as long as the error lives, its traceback holds the tensors that took the memory.
+        # Not inside the except block: while the error lives, its traceback holds the tensors that took the memory.
         self._no_memory(reason)
 
     return guarded
@@ -108,7 +108,7 @@ class Segmenter:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        """From loaded parts; `from_pretrained` is the usual way in."""
+        """From loaded parts; usually called through `from_pretrained`."""
         self.pair_name, self.settings, self.device, self.dtype = pair_name, settings, device, dtype
         self.frame_part, self.text = frame, text
         self._workspace = Workspace()
@@ -136,13 +136,13 @@ class Segmenter:
 
         device: "auto" is CUDA where there is one, else the CPU. dtype: float16, bfloat16 or float32 (or its name); None
         is float16 on CUDA, and on the CPU float32, or bfloat16 where the pair asks for it, the processor has it and it
-        was seen to be faster. preset: "pair" (the pair's own settings) or "paper". revision: of the diffusion model.
-        cache_dir: for downloaded weights and text embeddings; None takes the usual places. offline: never ask the hub;
+        was measured faster. preset: "pair" (the pair's own settings) or "paper". revision: of the diffusion model.
+        cache_dir: for downloaded weights and text embeddings; None takes the default ones. offline: never ask the hub;
         None follows HF_HUB_OFFLINE. settings: overrides by name, see `Settings.names`. overlap: on CUDA,
-        run both networks at once and from a graph; False tells their times apart. compile: run the networks through
-        torch.compile (the first frames then take minutes). remember: take text embeddings from disk and keep them
-        there; False makes every one anew, so that not even their last bits depend on what was embedded before.
-        Raises ModelError, which names what was looked for and the remedy, and ValueError for a wrong setting.
+        run both networks at once and from a CUDA graph; False runs and times them one by one. compile: run the networks
+        through torch.compile (the first frames then take minutes). remember: read text embeddings from disk and store
+        them there; False computes all of them again, so that not even their last bits depend on what was embedded
+        before. Raises ModelError, which names what was looked for and the remedy, and ValueError for a wrong setting.
         """
         where = find_device(device)
         found = find_pair(pair)
@@ -206,7 +206,7 @@ class Segmenter:
         )
 
     def embed(self, vocabulary: Vocabulary) -> QueryEmbeddings:
-        """The vocabulary's queries; worked out once and remembered for the last 32 vocabularies."""
+        """The vocabulary's queries; computed once and kept for the last 32 vocabularies."""
         return exhaust(self.embed_steps(vocabulary))
 
     def embed_steps(self, vocabulary: Vocabulary) -> Generator[None, None, QueryEmbeddings]:
@@ -237,11 +237,11 @@ class Segmenter:
         queries = self.embed(vocabulary) if isinstance(vocabulary, Vocabulary) else vocabulary
         return self.segment(self.encode(image), queries) if queries.names else unlabelled(image.shape[:2])
 
-    @_tells_memory
+    @_raises_out_of_memory
     @torch.inference_mode()
     def encode(self, image: np.ndarray) -> EncodedImage:
-        """What the networks make of one image, uint8 [H, W, 3], RGB, any size: most of a frame's work, and the same
-        for every vocabulary.
+        """Run the networks on one image, uint8 [H, W, 3], RGB, any size: most of a frame's work, and the same for every
+        vocabulary.
 
         Raises ValueError for anything else, and OutOfMemory.
         """
@@ -250,15 +250,15 @@ class Segmenter:
             watch = Stopwatch(self.device)
             return EncodedImage(self.frame_part(image, watch.lap), image.shape[:2], watch)
 
-    @_tells_memory
+    @_raises_out_of_memory
     @torch.inference_mode()
     def segment(
         self, encoded: EncodedImage, vocabulary: QueryEmbeddings, *, maps: Sequence[int] = (), follow: bool = True
     ) -> Segmentation:
-        """Name every pixel of the image that was encoded last, by a vocabulary that `embed` gave, as often as you like.
+        """Label every pixel of the image that was encoded last, by queries from `embed`; may be called repeatedly.
 
-        maps: labels (1 to the number of names) whose probability is wanted at every pixel. follow: whether this is the
-        stream's own segmentation, which the next image's may start from (setting previous_frame_start).
+        maps: labels (1 to the number of names) whose probability is wanted at every pixel. follow: whether the walk of
+        the next image may start from this one's P (setting previous_frame_start).
         Raises OutOfMemory, and RuntimeError where the networks overflow in the chosen precision.
         """
         if not vocabulary.names:
@@ -300,15 +300,15 @@ class Segmenter:
 
     @torch.inference_mode()
     def frame(self, image: np.ndarray, queries: QueryEmbeddings) -> tuple[Tensor, Tensor, Tensor]:
-        """What the walk starts from: G [N, queries], and Q, K [heads, N, D], of one image as in `__call__`."""
+        """The walk's inputs for one image as in `__call__`: G [N, queries], and Q, K [heads, N, D]."""
         check_image(image)
         features = self.frame_part(image)
         return self._probabilities(features, queries), features.Q, features.K
 
     def refine(self, Q: Tensor, K: Tensor, G: Tensor, previous: Tensor | None = None) -> Refinement:
-        """G [N, queries] carried along the transition of Q, K [heads, N, D] by this pair's settings.
+        """Refine G [N, queries] along the transition of Q, K [heads, N, D] by this pair's settings.
 
-        previous: P of the frame before, where the walk is to start from it.
+        previous: P of the previous frame, where the walk is to start from it.
         """
         s = self.settings
         return refine(
@@ -325,8 +325,8 @@ class Segmenter:
         )
 
     def warm_up(self, image_size: tuple[int, int] = (480, 640)) -> None:
-        """Segment a grey image of (rows, columns) until a real one is as fast as the next: kernels are chosen, memory
-        is had, and on CUDA the size has its graph."""
+        """Segment a grey image of (rows, columns) until a real one is as fast as later ones: kernels are chosen, memory
+        is allocated, and on CUDA the size has its graph."""
         grey = np.full((*image_size, 3), 127, np.uint8)
         for _ in range(GRAPH_AFTER + 1 if self.device.type == "cuda" else 1):
             self(grey, Vocabulary(["object"]))
@@ -338,7 +338,7 @@ class Segmenter:
         return torch.cuda.memory_reserved(self.device) if self.device.type == "cuda" else None
 
     def close(self) -> None:
-        """Give the models' memory back to the device; the segmenter is of no use afterwards."""
+        """Free the models' memory; the segmenter cannot be used afterwards."""
         self.text.close()
         del self.frame_part, self.text
         self._workspace, self._previous = Workspace(), None
@@ -360,14 +360,14 @@ class Segmenter:
         return self.frame_part.clip.probabilities(features.patches, queries.embeddings, self.grid)
 
     def _start(self, queries: QueryEmbeddings, shape: tuple[int, ...]) -> Tensor | None:
-        """P of the frame before, where the walk is set to start from it and it is of the same vocabulary and size."""
+        """The previous frame's P, where the walk is set to start from it and vocabulary and size are the same."""
         if self._previous is None or self._previous[0] is not queries or self._previous[1] != shape:
             return None
         return self._previous[2]
 
 
 def unlabelled(size: tuple[int, int]) -> Segmentation:
-    """What an image of `size` (rows, columns) is where nothing was asked for: 255 everywhere, and sure of nothing."""
+    """The result for an empty vocabulary and an image of `size` (rows, columns): labels 255, confidence 0."""
     labels = np.full(size, UNLABELLED, np.uint8)
     return Segmentation(labels, np.zeros_like(labels), (), (), dict.fromkeys((*STAGES, "total"), 0.0))
 
@@ -386,19 +386,19 @@ def check_image(image: np.ndarray) -> None:
 
 
 def _lack_of_memory(error: Exception) -> str | None:
-    """What an allocator said; None for any other error. PyTorch's own for the CPU raises a plain RuntimeError."""
+    """An allocator's message; None for any other error. PyTorch's own for the CPU raises a plain RuntimeError."""
     lacking = isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
     return (str(error).strip() or "no more memory").splitlines()[0] if lacking else None
 
 
 def _queries_of(vocabulary: Vocabulary, label: int) -> range:
-    """The queries of a class: as `vocabulary_steps` lays them, words in their order, those of the names first."""
+    """The queries of a class, in the order of `vocabulary_steps`: the words of each name, then the negatives."""
     first = sum(len(words) for words in vocabulary.synonyms[: label - 1])
     return range(first, first + len(vocabulary.synonyms[label - 1]))
 
 
 def find_device(name: str) -> torch.device:
-    """ "auto", "cpu", "cuda" or "cuda:1" as a device that is there; raises ModelError."""
+    """ "auto", "cpu", "cuda" or "cuda:1" as a device that exists; raises ModelError."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

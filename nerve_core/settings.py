@@ -1,5 +1,4 @@
-"""Every parameter of a frame: the configurations of all rooms side by side, as a model pair or a preset carries
-them."""
+"""All parameters of a frame in one dataclass, which model pairs, presets and callers override by flat name."""
 
 from __future__ import annotations
 
@@ -30,10 +29,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "timestep": 100,
     },
 }
-"""Named sets of overrides. `paper` is the published method as far as it is stated: L = 40 and t = 100 are the
-authors', alpha, beta and c
-are ours and untuned on real data. The CLIP head stays the pair's own, since it must be the one its text embeddings
-fit."""
+"""Named sets of overrides. `paper` is the published method as far as it is stated: L = 40 and t = 100 are the authors',
+alpha, beta and c are ours and untuned on real data. The CLIP head stays the pair's own, since it must be the one that
+its text embeddings fit."""
 
 
 class HasSettings(Protocol):
@@ -48,7 +46,8 @@ class HasSettings(Protocol):
 
 @dataclass(frozen=True)
 class Settings:
-    """All configurations; every field's name is unique across them, so that one flat mapping can override any."""
+    """One section, a configuration, per component; parameter names are unique across them, so that one flat mapping can
+    override any."""
 
     clip: ClipConfig = field(default_factory=ClipConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
@@ -76,7 +75,7 @@ class Settings:
 
     @classmethod
     def names(cls) -> dict[str, str]:
-        """Every parameter's name and the section it belongs to."""
+        """Every parameter's name and its section, a field of this class."""
         defaults = cls()
         return {
             parameter.name: section.name

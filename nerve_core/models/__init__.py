@@ -1,1 +1,1 @@
-"""A pair's name in, loaded networks out: pairs, their weight files, loading and checking them."""
+"""Model pairs: their descriptions, where their weight files are, loading them and verifying them."""

@@ -1,4 +1,4 @@
-"""How the networks of a pair are loaded, and what of them is dropped."""
+"""Loads the networks of a model pair from safetensors files, without the modules that are never run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 from ..errors import ModelError
 from ..networks.dense_clip import run_layer
 from ..networks.diffusion import cut_unet, run_resnet
-from ..networks.layers import Network, lay_out
+from ..networks.layers import Network, pack_weights
 from ..networks.parts import drop, of_class
 from ..settings import Settings
 from ..text.cache import EmbeddingCache, space_of
@@ -36,7 +36,7 @@ Described = TypeVar("Described", AutoencoderKL, AutoencoderTiny, UNet2DCondition
 
 @dataclass(frozen=True)
 class LoadedClip:
-    """CLIP in evaluation mode, its tokenizer, and what tells its weights and their precision from any others."""
+    """CLIP in evaluation mode, its tokenizer, and a string that identifies its weights and their precision."""
 
     model: CLIPModel
     tokenizer: CLIPTokenizer
@@ -80,15 +80,15 @@ def load_diffusion(
 ) -> LoadedDiffusion:
     """Load an encoder, the U-Net up to its last tap and the empty prompt's embedding from safetensors.
 
-    Nothing else is read, and one tensor at a time, so that little more memory is needed than what stays. taps: (up
-    block, attention), ascending. embeddings: where the empty prompt's embedding is kept, or None. taesd: a tiny encoder
-    to take instead of the model's own.
+    Nothing else is read, and one tensor at a time, so that little more memory is needed than for what is kept. taps:
+    (up block, attention), ascending. embeddings: where the empty prompt's embedding is cached, or None. taesd: a tiny
+    encoder to take instead of the model's own.
     Raises ModelError, and ValueError for taps that the U-Net does not have or a network that is not supported.
     """
     folder = local_folder(source, DIFFUSION_FILES, cache_dir=cache_dir, offline=offline)
     half = dtype == torch.float16
     with _as_model_error("the diffusion model", folder):
-        prompt = empty_prompt(folder, device=device, dtype=dtype, cache=embeddings)  # first: its encoder goes again
+        prompt = empty_prompt(folder, device=device, dtype=dtype, cache=embeddings)  # first: its encoder is freed again
         scheduler = json.loads((folder / "scheduler/scheduler_config.json").read_text())
         unet = _described(UNet2DConditionModel, folder / "unet")
     cut_unet(unet, taps)
@@ -111,7 +111,7 @@ def load_diffusion(
 def empty_prompt(folder: Path, *, device: torch.device, dtype: torch.dtype, cache: EmbeddingCache | None) -> Tensor:
     """The diffusion model's last hidden state for "", padded as in training: `dtype` [1, T, width] on `device`.
 
-    folder: of the diffusion model, with text_encoder/ and tokenizer/. Once the cache knows it, the text encoder is not
+    folder: of the diffusion model, with text_encoder/ and tokenizer/. Where the cache has it, the text encoder is not
     loaded. Raises OSError or ValueError for files that do not hold one.
     """
     weights = weight_file(folder, "text_encoder/model", half=dtype != torch.float32)
@@ -134,7 +134,7 @@ def empty_prompt(folder: Path, *, device: torch.device, dtype: torch.dtype, cach
 
 
 def load_tokenizer(folder: Path) -> CLIPTokenizer:
-    """A folder's tokenizer; FileNotFoundError without its files, where transformers makes one that knows no word."""
+    """A folder's tokenizer. Raises FileNotFoundError without its files, where transformers would make an empty one."""
     files = [name for name in ("tokenizer.json", "vocab.json", "merges.txt") if (folder / name).is_file()]
     if "tokenizer.json" not in files and len(files) < 2:
         raise FileNotFoundError(f"{folder} has neither tokenizer.json nor vocab.json and merges.txt")
@@ -147,8 +147,8 @@ def bfloat16_is_faster(
 ) -> bool:
     """Whether the networks of a pair are faster in bfloat16 than in float32 on this CPU, with the threads set.
 
-    Where there are `bfloat16_kernels`, a residual block of the U-Net, a strip of one of the VAE and a
-    layer of CLIP, at the size that a 4:3 image gives them, are run in both by turns: less than a second in all.
+    Where there are `bfloat16_kernels`, a residual block of the U-Net, one of the VAE on a strip of an image and a layer
+    of CLIP, at the size that a 4:3 image gives them, are timed in both precisions: less than a second in all.
     Raises ModelError.
     """
     if not bfloat16_kernels():
@@ -169,12 +169,12 @@ def bfloat16_is_faster(
         tokens = torch.ones(1, 1 + side * (4 * side // 3), vision.hidden_size)
         with torch.device("meta"):
             layer = CLIPEncoderLayer(vision)
-        tried.append((run_layer, _of_one_value(layer), tokens))
+        tried.append((run_layer, _with_constant_weights(layer), tokens))
     seconds = {torch.float32: 0.0, torch.bfloat16: 0.0}
     for run, network, x in tried:
-        sides = {dtype: (lay_out(copy.deepcopy(network).to(dtype)), x.to(dtype)) for dtype in seconds}
+        sides = {dtype: (pack_weights(copy.deepcopy(network).to(dtype)), x.to(dtype)) for dtype in seconds}
         times: dict[torch.dtype, list[float]] = {dtype: [] for dtype in seconds}
-        for _ in range(3):  # by turns, and the least counts: the first is slower, and other programs may run
+        for _ in range(3):  # alternately, and the least counts: the first is slower, and other programs may run
             for dtype, arguments in sides.items():
                 started = time.perf_counter()
                 run(*arguments)
@@ -190,17 +190,17 @@ def bfloat16_kernels() -> bool:
 
 
 def _residual_block(config: dict[str, Any], grid: tuple[int, int]) -> tuple[Callable[..., Tensor], nn.Module, Tensor]:
-    """How to run it, the first residual block of a U-Net or VAE and an input of (rows, columns)."""
+    """`run_resnet`, the first residual block of a U-Net or VAE, and an input of (rows, columns) for it."""
     channels = config["block_out_channels"][0]
     with torch.device("meta"):
         block = ResnetBlock2D(in_channels=channels, groups=config["norm_num_groups"])
     drop(block, "time_emb_proj")
     image = torch.ones(1, channels, *grid).contiguous(memory_format=torch.channels_last)
-    return run_resnet, _of_one_value(block), image
+    return run_resnet, _with_constant_weights(block), image
 
 
-def _of_one_value(network: nn.Module) -> nn.Module:
-    """A network without memory with all weights set: what they are has no part in how long it takes."""
+def _with_constant_weights(network: nn.Module) -> nn.Module:
+    """A network on the meta device given memory, all weights 0.01: their values do not change how long it takes."""
     network = network.to_empty(device="cpu").eval().requires_grad_(False)
     for parameter in network.parameters():
         parameter.fill_(0.01)
@@ -231,13 +231,13 @@ def _ready(network: Network, device: torch.device) -> Network:
 
 
 def _described(kind: type[Described], folder: Path) -> Described:
-    """The network that a folder's config.json describes, without memory for its weights."""
+    """The network that a folder's config.json describes, on the meta device: without memory for its weights."""
     with torch.device("meta"):
         return of_class(kind.from_config(json.loads((folder / "config.json").read_text())), kind, str(folder)).eval()
 
 
 def _read(network: nn.Module, file: Path, device: torch.device, dtype: torch.dtype) -> None:
-    """Give a network without memory its weights from a safetensors file. Raises ValueError for a file without them."""
+    """Load a safetensors file into a network on the meta device. Raises ValueError for a file that does not fit it."""
     try:
         with safe_open(file, "pt") as stored:
             shapes = {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118
@@ -250,7 +250,7 @@ def _read(network: nn.Module, file: Path, device: torch.device, dtype: torch.dty
                 raise ValueError(
                     f"{file} has {key} of shape {list(shapes[key])} where config.json asks for {list(shape)}"
                 )
-            with safe_open(file, "pt") as stored:  # opened for each, or all that was read would stay mapped
+            with safe_open(file, "pt") as stored:  # opened for each, or all that was read would stay mapped in memory
                 tensor = stored.get_tensor(key).view(shape).to(device, dtype, copy=True)
             place, _, last = name.rpartition(".")
             setattr(network.get_submodule(place), last, nn.Parameter(tensor, requires_grad=False))
@@ -279,7 +279,7 @@ def _as_model_error(what: str, folder: Path) -> Iterator[None]:
 
 
 def quiet_libraries() -> None:
-    """Keep progress bars and advice of the model libraries out of logs."""
+    """Keep progress bars and hints of the model libraries out of logs."""
     import diffusers.utils.logging
     import huggingface_hub.utils
     import transformers.utils.logging

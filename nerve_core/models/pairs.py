@@ -1,4 +1,4 @@
-"""Model pairs, known by name or described in a folder: which CLIP and which diffusion model go together."""
+"""Model pairs, known by name or described in a folder: which CLIP and which diffusion model are used together."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Source:
 
 @dataclass(frozen=True)
 class ModelPair:
-    """A CLIP and a diffusion model that go together, and the settings that suit them.
+    """A CLIP and a diffusion model that are used together, and the settings that suit them.
 
     settings: overrides by flat name, see `Settings.replaced`. cpu_precision: fp32 or bf16, what to take on a CPU that
     has it. taesd: a tiny VAE encoder that may stand in for the diffusion model's own, or None.
@@ -68,8 +68,8 @@ def pair_names() -> tuple[str, ...]:
 def find_pair(name: str) -> ModelPair:
     """A pair by name, from a folder that holds a pair.json, or as CLIP+DIFFUSION.
 
-    In a pair.json `clip` and `diffusion` are folders beside it or hub ids. Either side of CLIP+DIFFUSION is a folder or
-    a hub id, which may carry a revision (owner/name@revision); such a pair has the full-size pairs' settings.
+    In a pair.json `clip` and `diffusion` are folders relative to it or hub ids. Either side of CLIP+DIFFUSION is a
+    folder or a hub id, which may carry a revision (owner/name@revision); such a pair has the full-size pairs' settings.
     Raises ModelError.
     """
     if name == "embedded":
@@ -133,14 +133,14 @@ def _read(path: Path) -> ModelPair:
     return pair
 
 
-def _source(content: Any, beside: Path) -> Source:
-    """A part of a pair description: a folder, relative ones beside the description, or else a hub id (owner/name)."""
+def _source(content: Any, base: Path) -> Source:
+    """One model of a pair description: a folder, absolute or relative to `base`, or else a hub id (owner/name)."""
     _only(content, {"location", "revision", "licence", "sha256"})
     digests = content.get("sha256", {})
     if not all(re.fullmatch("[0-9a-f]{64}", digest) for digest in digests.values()):
         raise ValueError("sha256 must map files to 64 hexadecimal digits in lower case")
     location = content["location"]
-    folder = beside / location
+    folder = base / location
     local = folder.is_dir() or location.count("/") != 1
     return Source(
         str(folder) if local else location, _text(content, "revision", None), _text(content, "licence", None), digests

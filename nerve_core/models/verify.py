@@ -1,4 +1,4 @@
-"""Whether the files of a pair are what its networks need, told from configurations and headers alone."""
+"""Checks that a pair's files are what its networks need, from configurations and safetensors headers alone."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _FETCH = "fetch it again, or take it from where the model is published"
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was seen.
+    """One result of the check.
 
     kind: "fact", "note" or "fault"; a fault keeps the pair from working. place: the part and file it is about. text:
     one sentence, for a fault with what to do.
@@ -53,7 +53,7 @@ def verify(name: str, *, cache_dir: str | None = None, deep: bool = False) -> li
     """Check a pair by name or folder, or a folder that is one model alone. Nothing is fetched and no pickle opened.
 
     deep: also read every weight and look for values that are not finite. Returns facts, notes and faults in the order
-    in which they were seen. Raises ModelError for a name that is no pair.
+    in which they were found. Raises ModelError for a name that is no pair.
     """
     folder = Path(name).expanduser()
     report = _Report(deep)
@@ -92,7 +92,7 @@ class _Report:
 
     @contextlib.contextmanager
     def part(self, place: str) -> Iterator[None]:
-        """Turn what a part's own files make the libraries raise into a fault; the other parts are still checked."""
+        """Turn what the libraries raise for a part's files into a fault; the other parts are still checked."""
         try:
             yield
         except _Fault as fault:
@@ -103,7 +103,7 @@ class _Report:
 
 
 def _folder(report: _Report, part: str, source: Source, cache_dir: str | None, spare: bool) -> Path | None:
-    """Where a source's files are, without fetching any; a fault and None where they are not."""
+    """The folder of a source's files, without fetching any; a fault and None where they are missing."""
     if not source.on_hub:
         if Path(source.location).is_dir():
             return Path(source.location)
@@ -242,7 +242,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _config(folder: Path, file: str, key: str, wanted: str) -> dict[str, Any]:
-    """A model's configuration; a fault where it describes a model of another kind."""
+    """A model's configuration. Raises _Fault where it describes a model of another class."""
     content = _json(folder / file)
     if content.get(key) != wanted:
         raise _Fault(
@@ -262,9 +262,9 @@ def _weights(
     *,
     unused: str | None = None,
 ) -> None:
-    """Compare a safetensors header with the network that the configuration describes, built without memory.
+    """Compare a safetensors header with the network that the configuration describes, built on the meta device.
 
-    unused: beginning of the names of tensors that nothing here uses, which may be missing.
+    unused: prefix of the names of tensors that are never used, which may be missing.
     """
     with torch.device("meta"):
         expected = {name: tuple(tensor.shape) for name, tensor in build().state_dict().items()}
@@ -327,7 +327,7 @@ def _compare(
 
 
 def _plain(name: str) -> str:
-    """A tensor's name as today's libraries give it: without a text tower's prefix, with to_q for an old VAE's query."""
+    """A tensor's name in today's libraries: without the text tower's prefix, with to_q for an old VAE's query."""
     name = name.removeprefix("text_model.")
     head, middle, tail = name.rpartition(".attentions.0.")
     for old, new in _OLD_ATTENTION if middle else ():
@@ -337,7 +337,7 @@ def _plain(name: str) -> str:
 
 
 def _same(expected: tuple[int, ...], found: tuple[int, ...]) -> bool:
-    """Equal shapes; a linear layer may be stored as a convolution of one pixel, as old VAEs do."""
+    """Whether shapes are equal; old VAEs store a linear layer as a 1 x 1 convolution."""
     return found == expected or (len(expected) == 2 and found == (*expected, 1, 1))
 
 
@@ -379,7 +379,7 @@ def _header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def _refuse_other_kinds(path: Path, start: bytes) -> None:
-    """Name what is commonly found under a safetensors file's name. Raises _Fault."""
+    """Raise _Fault for what else is commonly found under a safetensors file's name."""
     again = "delete it and fetch it again"
     kinds = {
         b"<": f"is a web page, as servers answer with instead of a file; {again}",
@@ -408,7 +408,7 @@ def _finite(path: Path) -> None:
 
 
 def _tokenizer(report: _Report, place: str, folder: Path, text: CLIPTextConfig) -> None:
-    """Encode a phrase and back. Raises _Fault."""
+    """Encode a phrase and decode it again. Raises _Fault."""
     files = {name for name in ("tokenizer.json", "vocab.json", "merges.txt") if (folder / name).is_file()}
     if "tokenizer.json" not in files and len(files) < 2:
         raise _Fault(f"{folder} has neither tokenizer.json nor vocab.json and merges.txt; {_FETCH}")

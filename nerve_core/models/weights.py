@@ -1,4 +1,4 @@
-"""Where the files of a model come from: a folder, or the Hugging Face hub and its cache."""
+"""Finds the files of a model in a folder or the Hugging Face hub's cache, and downloads what is missing."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .pairs import Source
 
 _log = logging.getLogger(__name__)
 
-HALF = ".fp16"  # as half-precision weights are named beside whole ones: model.fp16.safetensors
+HALF = ".fp16"  # in the names of half-precision weights: model.fp16.safetensors
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 _TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
 _SPARE_BYTES = 100 << 20  # what a download leaves free on the disk
@@ -44,9 +44,9 @@ _WITHDRAWN = {
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """What is used of a model's folder; nothing else is fetched.
+    """Which files of a model's folder are used; nothing else is fetched.
 
-    descriptions: JSON files, all needed. weights: stems of safetensors files, each needed in whole or half precision.
+    descriptions: JSON files, all needed. weights: stems of safetensors files, each needed in full or half precision.
     tokenizer: the folder of a tokenizer.json, or of vocab.json and merges.txt; None without a tokenizer.
     """
 
@@ -82,7 +82,7 @@ DIFFUSION_FILES = ModelFiles(
 )
 TAESD_FILES = ModelFiles(("config.json",), ("diffusion_pytorch_model",))
 FILES = {"clip": CLIP_FILES, "diffusion": DIFFUSION_FILES, "taesd": TAESD_FILES}
-"""What is used of each part of a pair."""
+"""The files that are used of each part of a pair."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class Download:
-    """What a source takes from the hub at one commit. files: all that is used. absent: those not yet in the cache."""
+    """The files of a source on the hub at one commit. files: all that are used. absent: those not yet in the cache."""
 
     source: Source
     cache_dir: str | None
@@ -111,14 +111,14 @@ class Download:
 
 
 def hub_is_off() -> bool:
-    """Whether HF_HUB_OFFLINE forbids to ask the hub."""
+    """Whether HF_HUB_OFFLINE forbids asking the hub."""
     return os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
 
 
 def local_folder(source: Source, files: ModelFiles, *, cache_dir: str | None, offline: bool) -> Path:
     """The folder that holds a source's files: its own, or the hub's cache, fetched first where files are missing.
 
-    What is whole in the cache is used as it is, without asking the hub. Half-precision weights are fetched where the
+    What is complete in the cache is used as it is, without asking the hub. Half-precision weights are fetched where the
     repository has them. Raises ModelError.
     """
     folder = Path(source.location)
@@ -133,7 +133,7 @@ def local_folder(source: Source, files: ModelFiles, *, cache_dir: str | None, of
 
 def cached_folder(source: Source, files: ModelFiles, cache_dir: str | None, *, half: bool = True) -> Path | None:
     """The folder of a hub id in the cache if all its files are there, else None. half: whether half-precision weights
-    will do."""
+    are accepted."""
     try:
         folder = Path(
             snapshot_download(
@@ -151,7 +151,7 @@ def cached_folder(source: Source, files: ModelFiles, cache_dir: str | None, *, h
 
 
 def plan(source: Source, files: ModelFiles, *, cache_dir: str | None, half: bool = True) -> Download:
-    """Ask the hub what a source consists of, and how large it is, without fetching any of it.
+    """Ask the hub which files a source needs and how large they are, without fetching any.
 
     half: take half-precision weights where the repository has them, unless the others are in the cache already.
     Raises ModelError.
@@ -172,7 +172,7 @@ def plan(source: Source, files: ModelFiles, *, cache_dir: str | None, half: bool
     }
     try:
         chosen = files.choose(listed, half=half)
-        if half:  # of two variants the one that is here
+        if half:  # of two variants the one that is cached
             kept = [name for stem in files.weights for name in _variants(stem, half) if name in cached][::-1]
             here = {_stem(name): name for name in kept}
             chosen = [here.get(_stem(name), name) for name in chosen]
@@ -186,7 +186,7 @@ def plan(source: Source, files: ModelFiles, *, cache_dir: str | None, half: bool
 
 
 def check_space(downloads: Sequence[Download]) -> None:
-    """Raise ModelError unless the cache's disk has room for what the downloads will transfer."""
+    """Raise ModelError unless the cache's disk has space for what the downloads will transfer."""
     needed = sum(download.bytes_absent for download in downloads)
     if not needed:
         return
@@ -203,8 +203,8 @@ def check_space(downloads: Sequence[Download]) -> None:
 def fetch(download: Download) -> Path:
     """Fetch what is absent and return the folder in the hub's cache.
 
-    One file after the other, weights last: an interruption costs at most the file under way, and what is cut off never
-    gets a whole file's name. Sizes and digests are checked. Raises ModelError.
+    One file after the other, weights last: an interruption costs at most the file being transferred, and a partial file
+    never gets a complete one's name. Sizes and digests are checked. Raises ModelError.
     """
     source = download.source
     check_space([download])
@@ -234,8 +234,8 @@ def hub_cache(cache_dir: str | os.PathLike[str] | None = None) -> Path:
 def weight_file(folder: Path, stem: str, *, half: bool) -> Path:
     """The safetensors file of a stem such as "unet/diffusion_pytorch_model".
 
-    half: where both are there, take half precision (.fp16.safetensors), else the whole one. One that is alone is taken
-    whatever half says. Raises FileNotFoundError where neither is there.
+    half: where both exist, take half precision (.fp16.safetensors), else full. Where one exists, it is taken whatever
+    half says. Raises FileNotFoundError where neither does.
     """
     present = file_names(folder)
     for name in _variants(stem, half):
@@ -245,7 +245,7 @@ def weight_file(folder: Path, stem: str, *, half: bool) -> Path:
 
 
 def file_names(folder: Path) -> set[str]:
-    """Every file below a folder, by its name from there; links whose file is gone are left out."""
+    """Every file below a folder, by its path relative to it; broken links are left out."""
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
@@ -267,8 +267,8 @@ def in_words(size: int) -> str:
 
 
 def identity(folder: Path, file: str) -> str:
-    """What tells a model's weights from any others: for a file of the hub its repository, commit and name; else its
-    path, size and time of change. Raises OSError."""
+    """A string that identifies a model's weights: for a file of the hub its repository, commit and name; else its path,
+    size and time of change. Raises OSError."""
     path = folder / file
     parts = path.parts
     if "snapshots" in parts:
@@ -288,7 +288,7 @@ def _stem(name: str) -> str:
 
 
 def _missing(names: Sequence[str], stems: Collection[str], present: Collection[str]) -> str:
-    """A sentence about files that are not there. stems: the weights among them."""
+    """A sentence about missing files. stems: the weights among them."""
     said = f"it has no {', '.join(names)}"
     folders = {stem.rpartition("/")[0] for stem in stems}
     pickles = sorted(name for name in present if name.endswith(PICKLES) and name.rpartition("/")[0] in folders)

@@ -1,1 +1,1 @@
-"""An image in, CLIP's patch embeddings and the diffusion model's Q and K out."""
+"""The networks: CLIP's patch embeddings and a diffusion model's queries Q and keys K of an image."""

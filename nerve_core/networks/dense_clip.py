@@ -1,5 +1,4 @@
-"""Image -> CLIP patch tokens -> G: what is where, coarsely. The heads that make patches comparable with text, by
-name."""
+"""Dense CLIP: patch embeddings of an image, by one of several heads, and their class probabilities G."""
 
 from __future__ import annotations
 
@@ -14,19 +13,19 @@ from torch.nn import functional as F
 from transformers import CLIPModel, CLIPVisionConfig
 
 from ..text.templates import template_set
-from .layers import attend, lay_out
+from .layers import attend, pack_weights
 from .parts import ClipAttention, ClipLayer, ClipVision, drop, of_class
 
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _DEVIATION = (0.26862954, 0.26130258, 0.27577711)
 _GREATEST_ASPECT = 8  # a longer image is squeezed: attention costs the square of the patches
 _GRIDS_KEPT = 16
-_NEARNESS_DEVIATION = 5  # in patches, whatever the grid: NACLIP's own
+_BIAS_DEVIATION = 5  # in patches, whatever the grid: NACLIP's own
 
 
 @dataclass(frozen=True)
 class ClipConfig:
-    """How CLIP looks at an image.
+    """How an image is put through CLIP and compared with the queries.
 
     head: one of `HEADS`. short_side: pixels of the input's short side. stretch: a square input that ignores the aspect.
     logit_scale: factor on the cosine before the softmax. templates: name of a set in `templates.py`, or templates
@@ -58,7 +57,7 @@ class ClipConfig:
 
 @dataclass(frozen=True)
 class PatchFeatures:
-    """What a head makes of one image: the frame part, which knows no names.
+    """A head's output for one image, for any vocabulary.
 
     embeddings: float32 [maps, patches, D], unit rows. affinity: float32 [patches, patches], rows sum to 1, along
     which the last map is averaged, or None. grid: (rows, columns) of patches.
@@ -70,10 +69,10 @@ class PatchFeatures:
 
 
 class DenseClip:
-    """A CLIP vision tower read patch by patch."""
+    """A CLIP vision tower whose output is read for every patch."""
 
     def __init__(self, clip: CLIPModel, config: ClipConfig) -> None:
-        """Take the vision tower over: the model keeps its text tower alone, and what the head does not run is dropped.
+        """Take the vision tower out of `clip`, which keeps its text tower; what the head does not run is dropped.
 
         Raises ValueError for a model whose vision tower was taken before.
         """
@@ -91,14 +90,14 @@ class DenseClip:
         self._positions: dict[tuple[int, int], Tensor] = {}
         last = len(self._tower.encoder.layers) - 1
         drop(self.vision, *(f"encoder.layers.{last}.{unused}" for unused in _UNUSED_IN_LAST[config.head]))
-        lay_out(self.vision)
-        self.projection = lay_out(nn.Sequential(clip.visual_projection))
+        pack_weights(self.vision)
+        self.projection = pack_weights(nn.Sequential(clip.visual_projection))
         drop(clip, "vision_model", "visual_projection")
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of patches for an image of that size.
 
-        The short side is set and the aspect kept to a patch, up to 8 to 1; what is longer is squeezed to that.
+        The short side is set and the aspect kept to within a patch, up to 8 to 1; a longer image is squeezed to that.
         """
         if self.config.stretch:
             height = width = 1
@@ -128,7 +127,7 @@ class DenseClip:
 
         queries: unit rows [queries, D]. Softmax over all queries of logit_scale times the cosine, averaged over the
         head's maps, resized bilinearly: every step keeps rows stochastic. Where the head has an affinity, the last map
-        goes along it and counts as much as the mean of the others.
+        is multiplied by it and counts as much as the mean of the others.
         """
         cosine = features.embeddings @ queries.to(features.embeddings.dtype).T
         maps = (self.config.logit_scale * cosine).softmax(-1)  # [maps, patches, queries]
@@ -139,7 +138,7 @@ class DenseClip:
         return F.interpolate(scores, size, mode="bilinear", align_corners=False)[0].flatten(1).T
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
-        """The learnt positions resized to a grid (bicubic), [1, 1 + patches, width]; remembered."""
+        """The position embeddings resized to a grid (bicubic), [1, 1 + patches, width]; the last 16 grids are kept."""
         if grid not in self._positions:
             if len(self._positions) == _GRIDS_KEPT:
                 self._positions.pop(next(iter(self._positions)))
@@ -184,7 +183,7 @@ def _vanilla(layers: Sequence[ClipLayer], hidden: Tensor, grid: _Grid) -> tuple[
 
 
 def _maskclip(layers: Sequence[ClipLayer], hidden: Tensor, grid: _Grid) -> tuple[Tensor, None]:
-    """The last layer attends nowhere: every token keeps its own value (MaskCLIP, arXiv 2112.01071, Sec. 3.3)."""
+    """Without attention in the last layer: every token keeps its own value (MaskCLIP, arXiv 2112.01071, Sec. 3.3)."""
     for layer in layers[:-1]:
         hidden = run_layer(layer, hidden)
     last = layers[-1]
@@ -193,7 +192,7 @@ def _maskclip(layers: Sequence[ClipLayer], hidden: Tensor, grid: _Grid) -> tuple
 
 
 def _before_last(layers: Sequence[ClipLayer], hidden: Tensor, *projections: str) -> list[Tensor]:
-    """What enters the last layer, and that layer's queries, keys or values of it, [1, heads, T, size] each."""
+    """The last layer's input, and what its projections of these names make of it, [1, heads, T, size] each."""
     for layer in layers[:-1]:
         hidden = run_layer(layer, hidden)
     attention, normed = layers[-1].self_attn, layers[-1].layer_norm1(hidden)
@@ -201,7 +200,7 @@ def _before_last(layers: Sequence[ClipLayer], hidden: Tensor, *projections: str)
 
 
 def _sclip(layers: Sequence[ClipLayer], hidden: Tensor, grid: _Grid) -> tuple[Tensor, None]:
-    """The last layer attends by what is alike in its queries and by what is alike in its keys, both with full weight:
+    """The last layer's attention is that of its queries to its queries plus that of its keys to its keys:
     softmax(q q^T / sqrt(D)) + softmax(k k^T / sqrt(D)) (SCLIP, arXiv 2312.01597)."""
     hidden, q, k, v = _before_last(layers, hidden, "q_proj", "k_proj", "v_proj")
     last = layers[-1]
@@ -210,27 +209,27 @@ def _sclip(layers: Sequence[ClipLayer], hidden: Tensor, grid: _Grid) -> tuple[Te
 
 
 def _clearclip(layers: Sequence[ClipLayer], hidden: Tensor, grid: _Grid) -> tuple[Tensor, None]:
-    """The last layer's attention alone, without residual and feed-forward, by its queries: softmax(q q^T / sqrt(D))
-    (ClearCLIP, arXiv 2407.12442)."""
+    """The last layer's attention alone, without residual and feed-forward, of its queries to its queries:
+    softmax(q q^T / sqrt(D)) (ClearCLIP, arXiv 2407.12442)."""
     _, q, v = _before_last(layers, hidden, "q_proj", "v_proj")
     return _merge(layers[-1].self_attn, attend(q, q, v)), None
 
 
 def _naclip(layers: Sequence[ClipLayer], hidden: Tensor, grid: _Grid) -> tuple[Tensor, None]:
-    """The last layer's attention alone, without residual and feed-forward, by its keys and by nearness:
-    softmax(k k^T / sqrt(D) + omega), omega a Gaussian of height 1 and deviation 5 patches around each patch, and 0 to
-    and from the class token (NACLIP, arXiv 2404.08181)."""
+    """The last layer's attention alone, without residual and feed-forward, of its keys to its keys, with a bias by
+    distance: softmax(k k^T / sqrt(D) + omega), omega a Gaussian of height 1 and deviation 5 patches around each patch,
+    and 0 to and from the class token (NACLIP, arXiv 2404.08181)."""
     _, k, v = _before_last(layers, hidden, "k_proj", "v_proj")
-    omega = F.pad(_nearness(grid, k.device), (1, 0, 1, 0)).to(k.dtype)
+    omega = F.pad(_distance_bias(grid, k.device), (1, 0, 1, 0)).to(k.dtype)
     return _merge(layers[-1].self_attn, F.scaled_dot_product_attention(k, k, v, attn_mask=omega)), None
 
 
-def _nearness(grid: _Grid, device: torch.device) -> Tensor:
+def _distance_bias(grid: _Grid, device: torch.device) -> Tensor:
     """exp(-d^2 / (2 * 5^2)) of the distance d between any two patches, [patches, patches]: a product of both axes."""
     along = []
     for side in grid:
         place = torch.arange(side, device=device, dtype=torch.float32)
-        along.append(torch.exp(-((place - place[:, None]) ** 2) / (2 * _NEARNESS_DEVIATION**2)))
+        along.append(torch.exp(-((place - place[:, None]) ** 2) / (2 * _BIAS_DEVIATION**2)))
     return torch.kron(*along)
 
 
@@ -250,7 +249,7 @@ def _attend_and_add(q: Tensor, k: Tensor, v: Tensor, fused: Tensor) -> Tensor:
 
 
 def _cliper(layers: Sequence[ClipLayer], hidden: Tensor, grid: _Grid) -> tuple[Tensor, Tensor]:
-    """The last layer attends by the earlier layers' fused maps, over every layer's input (CLIPer, arXiv 2411.13836).
+    """The last layer with the earlier layers' fused attention, over every layer's input (CLIPer, arXiv 2411.13836).
 
     Per head: the earlier layers' attention summed, made doubly near-stochastic, symmetric, less its column means,
     rectified, rows normalised. Every layer's input goes through the last layer's values with it, without residual and
@@ -294,7 +293,7 @@ HEADS: dict[str, Callable[[Sequence[ClipLayer], Tensor, _Grid], tuple[Tensor, Te
     "naclip": _naclip,
     "cliper": _cliper,
 }
-"""How the last layer is read, by name."""
+"""Ways to read the last layer, by name."""
 _UNUSED_IN_LAST: dict[str, tuple[str, ...]] = {
     "vanilla": (),
     "maskclip": ("self_attn.q_proj", "self_attn.k_proj"),

@@ -1,4 +1,4 @@
-"""Image -> latent -> Q, K: which pixels belong together, from the last self-attention layers of a diffusion U-Net."""
+"""Queries Q and keys K of an image from a diffusion U-Net's self-attention layers: VAE encoder, noise, cut U-Net."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .layers import attend, lay_out
+from .layers import attend, pack_weights
 from .parts import (
     Block,
     Layer,
@@ -34,12 +34,12 @@ ENCODERS = ("vae", "taesd")
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """How the diffusion branch looks at an image.
+    """How an image is put through the diffusion model, and which self-attention layers are read.
 
     input_size: (rows, columns) of pixels, to which the whole image is resized. timestep: of the training schedule's
     1000, at which noise is added. taps: (up block, attention) of each self-attention layer that is read. noise_seed:
-    of the one noise tensor that every frame gets. encoder: what makes the latent: "vae", the model's own, or "taesd",
-    a tiny stand-in for it, which changes the result. Raises ValueError.
+    of the one noise tensor that every frame gets. encoder: of the latent: "vae", the model's own, or "taesd", a tiny
+    one instead, which changes the result. Raises ValueError.
     """
 
     input_size: tuple[int, int] = (512, 512)
@@ -76,7 +76,7 @@ def _whole(values: object, count: int) -> bool:
 def noise_levels(scheduler: dict, timestep: int) -> tuple[float, float]:
     """(sqrt(a), sqrt(1 - a)), a = prod_{s <= t} (1 - beta_s): the share of latent and of noise at a timestep.
 
-    scheduler: the JSON beside a diffusers scheduler. Raises ValueError for a schedule that is not known or has no such
+    scheduler: the JSON of a diffusers scheduler. Raises ValueError for a schedule that is not known or has no such
     timestep.
     """
     altered = [name for name in ("trained_betas", "rescale_betas_zero_snr") if scheduler.get(name)]
@@ -107,13 +107,13 @@ class DiffusionTaps:
         prompt: Tensor,
         config: DiffusionConfig,
     ) -> None:
-        """Take the two networks over: both are cut down to what is run, in place, and are of no other use afterwards.
+        """Take the two networks over: both are cut down to what is run, in place, and cannot be used otherwise again.
 
         vae: of the class that `config.encoder` names. scheduler: its JSON. prompt: embedding of the empty prompt,
         [1, T, width], on the device and in the dtype of the networks.
 
         Raises ValueError for taps that the U-Net does not have, for an input size that its down-sampling does not
-        divide, and for networks that do more than is read here.
+        divide, and for networks whose own forward does more than is run here.
         """
         self.vae, self.unet, self.config = vae, unet, config
         self.dtype = prompt.dtype
@@ -136,8 +136,8 @@ class DiffusionTaps:
         fix_unet(unet, config.timestep, prompt)
         self._encode: Layer = vae.encoder if isinstance(vae, AutoencoderTiny) else partial(encode, as_vae(vae))
         self._unet = as_unet(unet)
-        lay_out(vae)
-        lay_out(unet)
+        pack_weights(vae)
+        pack_weights(unet)
         self.scaling = vae.config["scaling_factor"]
         self.signal, self.noise = noise_levels(scheduler, config.timestep)
         rows, columns = (side // self.cell for side in config.input_size)
@@ -165,7 +165,7 @@ class DiffusionTaps:
         return (self.signal * latent + self._noise).to(self.dtype, memory_format=torch.channels_last)
 
 
-# --- what is left of the networks ---------------------------------------------------------------------------
+# --- cutting the networks down ------------------------------------------------------------------------------
 
 _BLOCKS = {"DownBlock2D", "CrossAttnDownBlock2D", "UNetMidBlock2DCrossAttn", "UpBlock2D", "CrossAttnUpBlock2D", None}
 _PLAIN = {
@@ -211,7 +211,7 @@ def cut_encoder(vae: AutoencoderKL | AutoencoderTiny) -> None:
 
 
 def cut_unet(unet: UNet2DConditionModel, taps: Sequence[tuple[int, int]]) -> None:
-    """Drop all that lies behind the keys of the last tap, in place; also of a network on the meta device.
+    """Drop everything after the keys of the last tap, in place; also of a network on the meta device.
 
     Raises ValueError for taps that the U-Net does not have and for a U-Net whose own forward does more than
     `tapped_projections`, whose taps would be wrong.
@@ -246,7 +246,7 @@ def cut_unet(unet: UNet2DConditionModel, taps: Sequence[tuple[int, int]]) -> Non
 
 
 class _PromptAttention(nn.Module):
-    """Cross-attention to a prompt that does not change: its keys and values [1, heads, T, D] are worked out once."""
+    """Cross-attention to a prompt that does not change: its keys and values [1, heads, T, D] are computed once."""
 
     K: Tensor
     V: Tensor
@@ -264,10 +264,10 @@ class _PromptAttention(nn.Module):
 
 @torch.no_grad()
 def fix_unet(unet: UNet2DConditionModel, timestep: int, prompt: Tensor) -> None:
-    """Work out once, in place, what depends on the timestep and the prompt alone, and drop what it came from.
+    """Compute, once and in place, what depends on the timestep and the prompt alone, and drop the modules it came from.
 
-    The timestep's share of a residual block goes into the bias of its first convolution. prompt: [1, T, width].
-    Raises ValueError for a U-Net that this was done to.
+    A residual block's projection of the timestep is added to the bias of its first convolution. prompt: [1, T, width].
+    Raises ValueError for a U-Net that was fixed before.
     """
     if unet.time_embedding is None:
         raise ValueError("this U-Net was taken over before, for one timestep and one prompt; load it again")
@@ -283,7 +283,7 @@ def fix_unet(unet: UNet2DConditionModel, timestep: int, prompt: Tensor) -> None:
     drop(unet, "time_embedding", "time_proj")
 
 
-# --- the networks' own modules, run -------------------------------------------------------------------------
+# --- running the networks' own modules ----------------------------------------------------------------------
 
 
 def encode(vae: Vae, pixels: Tensor) -> Tensor:
@@ -347,13 +347,13 @@ def tapped_projections(unet: Unet, latent: Tensor, taps: Sequence[tuple[int, int
 
 
 def _layers(block: Block) -> Iterator[tuple[Resnet, SpatialTransformer | None]]:
-    """A block's residual blocks, each with the transformer behind it."""
+    """A block's residual blocks, each with the transformer that follows it."""
     attentions = getattr(block, "attentions", (None,) * len(block.resnets))
     return zip(block.resnets, attentions, strict=True)
 
 
 def run_resnet(resnet: Resnet, hidden: Tensor) -> Tensor:
-    """A residual block whose share of the timestep lies in its bias. In place where memory is the cost."""
+    """A residual block after `fix_unet`, or of a VAE. In place where memory traffic is the cost."""
     inner = resnet.conv1(F.silu(resnet.norm1(hidden), inplace=True))
     inner = resnet.conv2(F.silu(resnet.norm2(inner), inplace=True))
     return inner.add_(hidden if resnet.conv_shortcut is None else resnet.conv_shortcut(hidden))

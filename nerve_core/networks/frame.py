@@ -1,4 +1,4 @@
-"""Image -> patch embeddings and Q, K: the frame part, which knows no names, as fast as the device allows."""
+"""The frame part: runs CLIP and the diffusion model on one image, on CUDA at once and from CUDA graphs."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from .dense_clip import DenseClip, PatchFeatures
 from .diffusion import DiffusionTaps
 
 GRAPHS_KEPT = 4
-"""Image sizes with a CUDA graph; the least recently used is given up for a fifth."""
+"""Image sizes with a CUDA graph; the least recently used is freed for a fifth."""
 GRAPH_AFTER = 2
-"""Times that an image size runs step by step, which a capture needs, before it gets a graph."""
+"""Times that an image size runs without a graph, which a capture needs, before it gets one."""
 _SIZES_COUNTED = 64
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class FrameFeatures:
-    """What the walk starts from, for any vocabulary.
+    """The networks' output for one image, for any vocabulary.
 
     patches: of CLIP. Q, K: [heads, N, D] in the networks' dtype. With CUDA graphs all of them are overwritten by the
     next image of that size.
@@ -59,41 +59,41 @@ class FramePart:
         overlap: bool = True,
         compiled: bool = False,
     ) -> None:
-        """overlap: on CUDA, run the networks beside one another, from a graph for image sizes that come again; else
-        they run in turn, each timed by itself. compiled: run them through torch.compile; where that fails, a warning
+        """overlap: on CUDA, run the networks at once on two streams, from a graph for image sizes that come again; else
+        one after the other, each timed by itself. compiled: run them through torch.compile; where that fails, a warning
         says why and they run as they are."""
         self.clip, self.taps, self.device = clip, taps, device
         if compiled and device.type == "cpu":
             _log.warning("torch.compile is left out: on the CPU the networks' layers are oneDNN's own already")
             compiled = False
-        self._look = _Compiled(clip.features) if compiled else clip.features
-        self._tap = _Compiled(taps) if compiled else taps
-        self._beside = torch.cuda.Stream(device) if overlap and device.type == "cuda" else None
+        self._run_clip = _Compiled(clip.features) if compiled else clip.features
+        self._run_taps = _Compiled(taps) if compiled else taps
+        self._second = torch.cuda.Stream(device) if overlap and device.type == "cuda" else None
         self._graphs: OrderedDict[tuple[int, ...], _Captured] | None = None
-        if self._beside is not None:
+        if self._second is not None:
             self._graphs, self._pool = OrderedDict(), torch.cuda.graph_pool_handle()
         self._seen: Counter[tuple[int, ...]] = Counter()
 
     @torch.inference_mode()
     def __call__(self, image: np.ndarray, lap: Callable[[str], None] = lambda stage: None) -> FrameFeatures:
-        """image: uint8 [H, W, 3], RGB. lap is told the end of each stage: "preprocess", then "clip" and "diffusion",
-        or "networks" where they overlap."""
-        beside = self._beside
-        captured = None if beside is None else self._captured(tuple(image.shape), beside)
+        """image: uint8 [H, W, 3], RGB. lap: called at the end of each stage with its name: "preprocess", then "clip"
+        and "diffusion", or "networks" where they overlap."""
+        second = self._second
+        captured = None if second is None else self._captured(tuple(image.shape), second)
         raw = torch.empty(image.shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
         raw.numpy()[...] = image
-        if beside is None:
+        if second is None:
             pixels = _pixels(raw.to(self.device, non_blocking=True))
             lap("preprocess")
-            patches = self._look(pixels)
+            patches = self._run_clip(pixels)
             lap("clip")
-            Q, K = self._tap(pixels)
+            Q, K = self._run_taps(pixels)
             lap("diffusion")
             return FrameFeatures(patches, Q, K)
         if captured is None:
             raw = raw.to(self.device, non_blocking=True)
             lap("preprocess")
-            features = self._both(raw, beside)
+            features = self._both(raw, second)
         else:
             captured.raw.copy_(raw, non_blocking=True)
             lap("preprocess")
@@ -103,24 +103,24 @@ class FramePart:
         return features
 
     def forget(self) -> None:
-        """Give up every graph and the memory it holds; a size has to come again to get one."""
+        """Free every graph and the memory it holds; an image size must come again to get one."""
         if self._graphs is not None:
             self._graphs.clear()
         self._seen.clear()
 
-    def _both(self, raw: Tensor, beside: torch.cuda.Stream) -> FrameFeatures:
-        """The two networks beside one another; what the second stream allocates is used again by it alone, and only
-        after it has waited for the first."""
+    def _both(self, raw: Tensor, second: torch.cuda.Stream) -> FrameFeatures:
+        """The two networks at once; what the second stream allocates is reused by it alone, and only after it has
+        waited for the first."""
         main = torch.cuda.current_stream(self.device)
         pixels = _pixels(raw)
-        beside.wait_stream(main)
-        with torch.cuda.stream(beside):
-            patches = self._look(pixels)
-        Q, K = self._tap(pixels)
-        main.wait_stream(beside)
+        second.wait_stream(main)
+        with torch.cuda.stream(second):
+            patches = self._run_clip(pixels)
+        Q, K = self._run_taps(pixels)
+        main.wait_stream(second)
         return FrameFeatures(patches, Q, K)
 
-    def _captured(self, shape: tuple[int, ...], beside: torch.cuda.Stream) -> _Captured | None:
+    def _captured(self, shape: tuple[int, ...], second: torch.cuda.Stream) -> _Captured | None:
         """The graph of a size that has come often enough; None while it has not, or where capture failed."""
         if self._graphs is None:
             return None
@@ -136,7 +136,7 @@ class FramePart:
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, pool=self._pool):
-                features = self._both(raw, beside)
+                features = self._both(raw, second)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -150,7 +150,7 @@ class FramePart:
 
 
 class _Compiled:
-    """A function through torch.compile, or as it is from the first time that this fails."""
+    """A function through torch.compile, or as it is after the first time that this fails."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._plain, self._fast = function, torch.compile(function, dynamic=False)
@@ -175,7 +175,8 @@ def _pixels(raw: Tensor) -> Tensor:
 
 
 class Stopwatch:
-    """Laps by the device's own clock: CUDA events, read after the one synchronisation that a frame needs anyway."""
+    """Times of stages by the device's own clock: CUDA events, read after the one synchronisation that a frame needs
+    anyway."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"

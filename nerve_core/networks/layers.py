@@ -1,4 +1,4 @@
-"""The layers' room: what the networks are made of, run the fastest exact way that the device has."""
+"""Attention, convolutions and linear layers of the networks, each in the fastest exact form that the device has."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _SCORES_AT_ONCE = 1 << 20
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(D)) v: q [B, heads, T, D], k and v [B, heads, S, D] -> [B, heads, T, D].
 
-    PyTorch's own kernel, but for bfloat16 on the CPU, where that one does without the processor's bfloat16 products
-    and takes two to four times as long as plain ones over blocks of rows.
+    PyTorch's own kernel, except for bfloat16 on the CPU, where that one does not use the processor's bfloat16 products
+    and takes two to four times as long as plain products over blocks of rows.
     """
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         return _attend_in_blocks(q, k, v)
@@ -27,7 +27,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _attend_in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`attend` with at most `_SCORES_AT_ONCE` scores at a time, where a row is not longer than that."""
+    """`attend` with at most `_SCORES_AT_ONCE` scores at a time, or one row where it is longer than that."""
     Q, K, V = (x.flatten(0, 1) for x in (q, k, v))
     (maps, tokens, size), others = Q.shape, K.shape[1]
     rows = min(tokens, max(1, _SCORES_AT_ONCE // others))
@@ -46,9 +46,9 @@ def _attend_in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return attended.view_as(q)
 
 
-def lay_out(network: Network) -> Network:
-    """Give the weights of a network that is only run from now on, in place, the order in memory that its device reads
-    fastest: channels last, and on the CPU blocks as oneDNN wants them, which it would else sort at every call.
+def pack_weights(network: Network) -> Network:
+    """Store the weights of a network that is only run from now on, in place, in the memory layout that its device reads
+    fastest: channels last, and on the CPU oneDNN's blocked layout, into which it would else convert at every call.
 
     Convolutions and linear layers are then no parameters any more. What they return is the same to rounding, and to
     the bit in bfloat16.
@@ -67,7 +67,7 @@ def lay_out(network: Network) -> Network:
 
 
 class _PackedConv(nn.Module):
-    """A convolution by oneDNN with its weight in oneDNN's own order."""
+    """A convolution by oneDNN with its weight in oneDNN's blocked layout."""
 
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class _PackedConv(nn.Module):
 
 
 class _PackedLinear(nn.Module):
-    """A linear layer by oneDNN with its weight in oneDNN's own order."""
+    """A linear layer by oneDNN with its weight in oneDNN's blocked layout."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ _PACKED: dict[type[nn.Module], Callable[..., nn.Module]] = {nn.Conv2d: _PackedCo
 @functools.cache
 @torch.inference_mode()
 def _packs(dtype: torch.dtype) -> bool:
-    """Whether oneDNN keeps weights of this dtype in its own order here.
+    """Whether oneDNN can keep weights of this dtype in its blocked layout here.
 
     The operators are those that torch.compile emits when it freezes a network. They are no documented interface, so
     they are tried once.

@@ -1,7 +1,7 @@
 """Types for the modules of transformers' and diffusers' networks, which those libraries type as `nn.Module` alone.
 
-A protocol names what is run of a module, no more: its layers may have been replaced by faster ones (`layers.py`), and
-those that are never run dropped. Classes are checked once, when a network is taken over.
+A protocol lists what is run of a module, no more: layers may have been replaced by faster ones (`layers.py`), and those
+that are never run may have been dropped. Classes are checked once, when a network is taken over.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class ClipVision(Protocol):
 
 
 class Resnet(Protocol):
-    """`ResnetBlock2D` with its timestep's share in the bias of conv1."""
+    """`ResnetBlock2D` of a VAE, or of a U-Net after `fix_unet`."""
 
     norm1: Layer
     conv1: Layer

@@ -1,1 +1,1 @@
-"""Q, K and G in, P out: affinities, the transition S and the random walk along it (Eq. 3-22)."""
+"""The random walk: affinities of Q and K, the transition S made of them, and P from G along it (Eq. 3-22)."""

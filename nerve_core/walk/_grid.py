@@ -1,4 +1,4 @@
-"""The stencil's room, between Q, K and S: a token's eight neighbours on a grid of any aspect.
+"""Stencils of a token and its eight neighbours on a grid of any aspect: making them and multiplying by them.
 
 A stencil holds nine weights a token, [N, 9], one per place of `OFFSETS`, the token itself in the middle
 (`CENTRE`). Tokens are numbered row by row. Places outside the grid are dropped, never wrapped: their weight
@@ -40,7 +40,7 @@ def neighbour_products(left: Tensor, right: Tensor, grid: tuple[int, int]) -> Te
 
 
 def apply_stencil(stencil: Tensor, X: Tensor, grid: tuple[int, int]) -> Tensor:
-    """What a stencil [N, 9] makes of X [N, C]: out[i] = sum_o stencil[i, o] X[i + o], held column-wise."""
+    """A stencil [N, 9] times X [N, C]: out[i] = sum_o stencil[i, o] X[i + o], each column contiguous."""
     weights = stencil.t().reshape(-1, *grid)  # [9, rows, columns]
     windows = _windows(X.t(), grid)
     out = windows[0] * weights[0]  # [C, rows, columns]

@@ -1,4 +1,4 @@
-"""The product that affinities, S and the walk are made of: x weight^T, by the fastest exact way."""
+"""The matrix product x weight^T of affinities, S and the walk, by the fastest exact kernel."""
 
 from __future__ import annotations
 

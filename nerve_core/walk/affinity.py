@@ -1,4 +1,4 @@
-"""Q, K -> transitions: the affinity kernels (Eq. 8), global transitions, local stencils (Eq. 9).
+"""Affinities of tokens from Q and K: the kernels by name (Eq. 8), rows of global affinities, local stencils (Eq. 9).
 
 Every kernel is an inner product of two prepared operands followed by a pointwise rule:
 A[i, j] = rule(left[i] . right[j]). Where the rule is the identity the kernel is low rank, and its rows never
@@ -33,7 +33,7 @@ FEATURES_SEED = 0
 
 @dataclass(frozen=True)
 class AffinityConfig:
-    """How alike two tokens are.
+    """How the affinity of two tokens is computed.
 
     kernel: one of `KERNELS`. tau: temperature of `exp`, at least 0.001. eps_self: affinity of a token with
     itself in the local stencil, above 0. favor_of: the kernel that `favor` estimates, "exp" or "softmax".
@@ -194,7 +194,7 @@ KERNELS: dict[str, Kernel] = {
 
 
 class Affinity:
-    """The heads' affinities of one frame, held as operands; rows are worked out when asked for.
+    """The heads' affinities of one frame, held as operands; rows are computed on request.
 
     left, right: [H, N, R] in the computing dtype. grid: (rows, columns).
     """
@@ -211,8 +211,8 @@ class Affinity:
     ) -> None:
         """Prepare Q, K: [H, N, D] of any float dtype, magnitudes below 1e18, on the grid (rows, columns).
 
-        dtype: computing dtype, float32 or float64. keep: [H, N, N] of that dtype, where rows stay between
-        the passes that need them; None works them out anew. Raises ValueError for shapes that do not fit,
+        dtype: computing dtype, float32 or float64. keep: [H, N, N] of that dtype, where rows are kept between
+        the passes that need them; None computes them again. Raises ValueError for shapes that do not fit,
         and where `raw` has a row sum below 0.05 N.
         """
         if Q.ndim != 3 or Q.shape != K.shape or min(Q.shape) < 1:

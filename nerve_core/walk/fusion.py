@@ -1,7 +1,7 @@
-"""Transitions -> S: the heads' entropy weights (Eq. 12-14), and the one operator S that the walk applies.
+"""The transition S: the heads' entropy weights (Eq. 12-14), and one operator for all heads, global and local.
 
 S = sum_h w_h (beta S_global^(h) + (1 - beta) S_local^(h)) (Eq. 2, 22) has four forms behind one protocol:
-one dense matrix, stacked low-rank factors, rows worked out anew in each step, or the local stencil alone.
+one dense matrix, stacked low-rank factors, rows computed again in each step, or the local stencil alone.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from .workspace import Workspace
 DENSE_BYTES = 2**29
 """A dense S is smaller than this: N < 11586 in float32, N < 16384 in float16."""
 KEEP_BYTES = 2**27
-"""All heads' rows stay between the passes where they fit in this and a workspace is given."""
+"""All heads' rows are kept between the passes where they fit in this and a workspace is given."""
 CPU_CHUNK_BYTES = 2**23
-"""One head's rows in work at a time: within the cache, and few enough pieces that threads rarely meet."""
+"""One head's rows processed at a time: within the cache, and few enough chunks that threads rarely synchronise."""
 CUDA_CHUNK_BYTES = 2**26
 HALF_SCALE = 4096.0
-"""A float16 S is held times this: an even share over 64 x 64 tokens stays a normal number."""
+"""Factor on a float16 S: an even share over 64 x 64 tokens is then a normal number."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def entropy_weights(entropies: Tensor, c: float) -> Tensor:
 def head_shares(affinity: Affinity, weights: Tensor, combine: str, rows_per_chunk: int | None = None) -> Tensor:
     """The share [H, N] of each head's transition in each row of the fused one; sums to 1 over the heads.
 
-    `transitions` (Eq. 22): w_h. `affinities` (Eq. 15): summing affinities before normalising weighs a
+    `transitions` (Eq. 22): w_h. `affinities` (Eq. 15): summing affinities before normalising weights a
     head's row by its mass too, w_h r_h / sum_k w_k r_k.
     """
     if combine == "transitions":
@@ -134,12 +134,12 @@ def local_stencil(affinity: Affinity, weights: Tensor, combine: str) -> Tensor:
 
 
 class Transition(Protocol):
-    """S, whatever it is made of. name: what is reported. Rows sum to 1."""
+    """S in any of its forms, rows sum to 1. name: as it is reported."""
 
     name: str
 
     def apply(self, X: Tensor) -> Tensor:
-        """X [N, C] -> S X [N, C]; fastest, and returned, with each column in one piece."""
+        """X [N, C] -> S X [N, C]; fastest, and returned, with each column contiguous."""
         ...
 
 
@@ -222,7 +222,7 @@ class LowRank:
 
 
 class Chunked:
-    """S never held: its rows are worked out anew in each step, in memory O(N (H D + C))."""
+    """S that is never stored: its rows are computed again in each step, in memory O(N (H D + C))."""
 
     name = "chunked"
 
@@ -263,7 +263,7 @@ class LocalOnly:
 
 
 COLUMNS = 21 * 16
-"""Columns that S is applied to in all where nothing is said of it: 21 queries, 16 steps."""
+"""Default for the columns that S is applied to in all: 21 queries, 16 steps."""
 OPERATORS = ("auto", "dense fused", "low rank", "chunked", "local")
 
 
@@ -328,7 +328,7 @@ def build_transition(
 
 @dataclass(frozen=True)
 class Fused:
-    """S and what its heads weighed.
+    """S and the weights of its heads.
 
     transition: S. weights: [H] over all heads of Q, sum 1. entropies: [H] in nats, None where they were not
     needed.
@@ -354,7 +354,7 @@ def fuse(
     rows_per_chunk: int | None = None,
     workspace: Workspace | None = None,
 ) -> Fused:
-    """Q, K [H, N, D] of any float dtype -> S, its heads weighed by what one step of each makes of G [N, C].
+    """Q, K [H, N, D] of any float dtype -> S, its heads weighted by the entropy of one step of each from G [N, C].
 
     G: float32 or float64, which is the computing dtype. workspace: keeps large tensors from frame to frame,
     and within a frame all heads' rows for the second pass where they take at most `KEEP_BYTES`. operator,

@@ -1,6 +1,6 @@
-"""S, G -> P: the walk that carries class probabilities along the transition (Eq. 3, 16, 19).
+"""The random walk along the transition S, which refines class probabilities G to P (Eq. 3, 16, 19).
 
-`refine` is the whole way from Q, K and G to P.
+`refine` computes P from Q, K and G: affinity, head weights, S, walk.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def residual_bound(alpha: float, x: Tensor, previous: Tensor) -> Tensor:
 
 
 def _column_wise(G: Tensor) -> Tensor:
-    """G with each column in one piece: what products with S take and return without copying."""
+    """G with each column contiguous: what products with S take and return without copying."""
     return G.t().contiguous().t()
 
 
@@ -172,7 +172,7 @@ def walk_from(S: Transition, G: Tensor, config: WalkConfig, start: Tensor | None
 
 @dataclass(frozen=True)
 class Refinement:
-    """What `refine` found.
+    """The result of `refine`.
 
     P: [N, C], rows are distributions; float32, or float64 where G was. head_weights: [H], sum 1.
     head_entropies: [H] in nats, None where the weights did not need them. operator: what S was, one of
@@ -188,7 +188,7 @@ class Refinement:
 
     @property
     def effective_heads(self) -> float:
-        """1 / sum w^2, from 1 (one head decides) to H (all alike); reading it waits for the device."""
+        """1 / sum w^2, from 1 (one head has all weight) to H (equal weights); reading it waits for the device."""
         return float(1 / self.head_weights.double().square().sum())
 
 
@@ -210,7 +210,7 @@ def refine(
     validate: bool | None = None,
     residual: bool = False,
 ) -> Refinement:
-    """Carry G along the transition that Q and K define: affinity, head weights, S, walk.
+    """Refine G along the transition that Q and K define: affinity, head weights, S, walk.
 
     Q, K: [H, N, D] of any float dtype. G: [N, C], rows are distributions. grid: (rows, columns), rows *
     columns = N. All on one device. Computes in float32; in float64 where one of them is float64 or the walk
@@ -254,7 +254,7 @@ def refine(
 
 
 def _check_shapes(Q: Tensor, K: Tensor, G: Tensor) -> None:
-    """Raise unless Q, K and G speak of the same tokens, in floating point, on one device."""
+    """Raise unless Q, K and G have the same tokens, in floating point, on one device."""
     if Q.ndim != 3 or Q.shape != K.shape:
         shapes = f"{list(Q.shape)} and {list(K.shape)}"
         raise ValueError(f"Q and K must both be [heads, tokens, size]; got {shapes}")
@@ -267,7 +267,7 @@ def _check_shapes(Q: Tensor, K: Tensor, G: Tensor) -> None:
 
 
 def _check_previous(previous: Tensor, G: Tensor, walk: WalkConfig) -> None:
-    """Raise unless the walk asks for the previous frame's P, and it speaks of the same tokens and queries."""
+    """Raise unless the walk asks for the previous frame's P, and it has the same tokens and queries."""
     if not walk.previous_frame_start:
         raise ValueError("a previous P was given, but previous_frame_start is off; set it, or leave previous out")
     if previous.shape != G.shape or previous.device != G.device or not previous.is_floating_point():

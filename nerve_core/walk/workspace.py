@@ -1,4 +1,4 @@
-"""Memory that outlives a frame: the large tensors of Q, K -> S, filled by each, allocated once."""
+"""Buffers that are reused from frame to frame: the large tensors between Q, K and S, allocated once."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor
 
 
 class Workspace:
-    """Named buffers for one stream of frames; what a frame left in them is overwritten by the next.
+    """Named buffers for one stream of frames; each frame overwrites the content of the previous one.
 
-    Fresh pages can cost the CPU more than the arithmetic that fills them. Not for two threads at once.
+    Fresh pages can cost the CPU more than the arithmetic that fills them. Not safe for use by several threads at once.
     """
 
     def __init__(self) -> None:

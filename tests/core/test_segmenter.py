@@ -1,4 +1,4 @@
-"""The frame, start to end, on the embedded pair and drawn scenes: what comes back, whatever goes in.
+"""The Segmenter on the embedded pair and drawn scenes: results for every input, and errors for wrong ones.
 
 How good the masks are is measured elsewhere; nothing here depends on what the weights have learnt.
 """
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nerve_core import ClassConfidence, OutOfMemory, Segmentation, Segmenter, Vocabulary
-from nerve_core import segmenter as rooms
+from nerve_core import segmenter as module
 from nerve_core.embedded.scenes import NAMES, draw_scene
 from nerve_core.models.pairs import find_pair
 from nerve_core.readout import describe_classes, read_out
@@ -293,7 +293,7 @@ def test_the_pairs_negatives_are_taken_unless_the_vocabulary_has_its_own(segment
 
 
 def test_only_the_vocabularies_used_last_are_kept(segmenter, monkeypatch):
-    monkeypatch.setattr(rooms, "_VOCABULARIES_KEPT", 3)
+    monkeypatch.setattr(module, "_VOCABULARIES_KEPT", 3)
     monkeypatch.setattr(segmenter, "_vocabularies", type(segmenter._vocabularies)())
     first, second, third, fourth = (Vocabulary([name]) for name in NAMES[:4])
     for vocabulary in (first, second, third, first, fourth):  # the first is used again: the second is the oldest
@@ -370,7 +370,7 @@ def test_a_pair_that_asks_for_bfloat16_gets_it_on_a_cpu_that_is_faster_with_it(c
         "settings": own.settings,
     }
     (tmp_path / "pair.json").write_text(json.dumps(description))
-    monkeypatch.setattr(rooms, "bfloat16_is_faster", lambda *pair, **places: faster)
+    monkeypatch.setattr(module, "bfloat16_is_faster", lambda *pair, **places: faster)
     made = {"device": "cpu", "cache_dir": cache, "settings": SMALL}
     segmenter = Segmenter.from_pretrained(str(tmp_path), **made)
     assert segmenter.dtype == (torch.bfloat16 if faster else torch.float32)

@@ -1,4 +1,4 @@
-"""All configurations side by side: one flat mapping overrides any, and nothing is taken in silence."""
+"""Settings: one flat mapping overrides any parameter, and nothing wrong is accepted in silence."""
 
 import dataclasses
 import json
@@ -10,16 +10,16 @@ from nerve_core.models.pairs import find_pair, pair_names
 from nerve_core.settings import PRESETS, Settings, preset
 
 
-def test_every_parameter_has_one_name_and_one_room():
-    rooms = dataclasses.fields(Settings)
-    names = [parameter.name for room in rooms for parameter in dataclasses.fields(getattr(Settings(), room.name))]
+def test_every_parameter_has_one_name_and_one_section():
+    sections = dataclasses.fields(Settings)
+    names = [item.name for section in sections for item in dataclasses.fields(getattr(Settings(), section.name))]
     assert sorted(names) == sorted(set(names)) == sorted(Settings.names())
     assert {"kernel", "tau", "alpha", "beta", "c", "steps", "combine", "head_weights", "head", "logit_scale"} <= set(
         names
     )
     assert {"timestep", "threshold", "presence_threshold", "taps", "input_size", "method"} <= set(names)
-    for name, room in Settings.names().items():
-        assert hasattr(getattr(Settings(), room), name)
+    for name, section in Settings.names().items():
+        assert hasattr(getattr(Settings(), section), name)
 
 
 def test_flat_shows_every_value_and_builds_the_same_settings_again():
@@ -37,7 +37,7 @@ def test_an_override_changes_one_parameter_and_leaves_the_rest():
     assert {name for name in base.flat() if base.flat()[name] != changed.flat()[name]} == {"beta"}
     assert base.fusion.beta != 0.25
     assert base.replaced({}) == base
-    assert changed.replaced({"c": 3.0}).fusion.beta == 0.25  # of the same room
+    assert changed.replaced({"c": 3.0}).fusion.beta == 0.25  # of the same section
 
 
 def test_lists_become_tuples_so_that_settings_can_be_compared_and_hashed():

@@ -1,4 +1,4 @@
-"""Checking a pair's files: a whole one passes, and every way in which files go wrong is told in a sentence."""
+"""Checking a pair's files: a complete one passes, and every way in which files go wrong is reported in a sentence."""
 
 import json
 import pickle
@@ -59,12 +59,12 @@ def the_fault(pair, **options):
 def test_a_whole_pair_passes_and_its_layout_is_told(pair):
     findings = verify(str(pair), deep=True)
     assert texts(findings, "fault") == []
-    told = "\n".join(texts(findings, "fact"))
-    assert "4 layers of 4 heads on 24 pixels in patches of 4" in told
-    assert "both projected to 16" in told
-    assert "2 layers of 4 heads, width 32" in told
-    assert "tap (1, 0) has 2 heads of 4" in told
-    assert "tensors in float32" in told
+    facts = "\n".join(texts(findings, "fact"))
+    assert "4 layers of 4 heads on 24 pixels in patches of 4" in facts
+    assert "both projected to 16" in facts
+    assert "2 layers of 4 heads, width 32" in facts
+    assert "tap (1, 0) has 2 heads of 4" in facts
+    assert "tensors in float32" in facts
 
 
 def test_the_embedded_pair_passes_and_its_digests_are_compared(tmp_path):
@@ -115,9 +115,9 @@ def test_half_precision_files_are_checked_alone_and_beside_whole_ones(pair):
     half = pair / UNET.replace(".safetensors", ".fp16.safetensors")
     tensors = {name: tensor.half() for name, tensor in safetensors.torch.load_file(pair / UNET).items()}
     safetensors.torch.save_file(tensors, half)
-    told = "\n".join(texts(verify(str(pair)), "fact"))
-    assert "unet: diffusion_pytorch_model.safetensors: " in told
-    assert "unet: diffusion_pytorch_model.fp16.safetensors: 206 tensors in float16" in told
+    facts = "\n".join(texts(verify(str(pair)), "fact"))
+    assert "unet: diffusion_pytorch_model.safetensors: " in facts
+    assert "unet: diffusion_pytorch_model.fp16.safetensors: 206 tensors in float16" in facts
     (pair / UNET).unlink()
     assert faults(pair) == []
     replace(half, half.read_bytes()[:5000])
@@ -402,7 +402,7 @@ def test_every_part_is_checked_even_where_one_is_broken(pair):
 
 
 def hollow(path, model, dtype="F16", size=2):
-    """A safetensors file of a model's every tensor, all zeros that take no room on the disk."""
+    """A safetensors file of a model's every tensor, all zeros that take no space on the disk."""
     header, end = {}, 0
     for name, tensor in model.state_dict().items():
         begin, end = end, end + tensor.numel() * size
@@ -417,11 +417,11 @@ def hollow(path, model, dtype="F16", size=2):
 
 
 @pytest.mark.parametrize(
-    ("heads", "width", "linear", "told"),
+    ("heads", "width", "linear", "tapped"),
     [([5, 10, 20, 20], 1024, True, "5 heads of 64"), (8, 768, False, "8 heads of 40")],
     ids=["sd21", "sd15"],
 )
-def test_the_true_architectures_are_checked_without_their_weights_in_memory(tmp_path, heads, width, linear, told):
+def test_the_true_architectures_are_checked_without_their_weights_in_memory(tmp_path, heads, width, linear, tapped):
     with torch.device("meta"):
         unet = UNet2DConditionModel(
             sample_size=64,
@@ -469,8 +469,8 @@ def test_the_true_architectures_are_checked_without_their_weights_in_memory(tmp_
     assert texts(findings, "fault") == []
     facts = texts(findings, "fact")
     assert [fact for fact in facts if fact.startswith("settings")] == [
-        f"settings: tap (3, 1) has {told}",
-        f"settings: tap (3, 2) has {told}",
+        f"settings: tap (3, 1) has {tapped}",
+        f"settings: tap (3, 2) has {tapped}",
     ]
     assert any("24 layers of 16 heads on 224 pixels in patches of 14" in fact for fact in facts)
 

@@ -107,7 +107,7 @@ def names(folder):
 
 
 def add_halves(hub, *stems):
-    """Put half-precision weights beside the others."""
+    """Put half-precision weights in the folder of the others."""
     files = hub.repositories[NAMES["diffusion"]]
     for stem in stems or DIFFUSION_FILES.weights:
         files[f"{stem}.fp16.safetensors"] = b"half of " + files[f"{stem}.safetensors"]

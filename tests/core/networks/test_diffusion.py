@@ -1,4 +1,4 @@
-"""Image -> latent -> Q, K: against untouched diffusers forwards with hooks, to rounding."""
+"""Q and K of the taps, and the latent, against hooks on untouched diffusers networks, to rounding."""
 
 import copy
 import dataclasses
@@ -32,7 +32,7 @@ from nerve_core.networks.diffusion import (
     noise_levels,
     tapped_projections,
 )
-from nerve_core.networks.layers import lay_out
+from nerve_core.networks.layers import pack_weights
 from small_models import (
     POSITIONS,
     WIDTH,
@@ -89,11 +89,11 @@ def hooked(unet, latent, timestep, prompt, taps):
 
 
 def tapped(unet, latent, timestep, prompt, taps):
-    """Q, K of a copy that is cut down and laid out as `DiffusionTaps` does."""
+    """Q, K of a copy that is cut down and packed as `DiffusionTaps` does."""
     ours = copy.deepcopy(unet)
     cut_unet(ours, taps)
     fix_unet(ours, timestep, prompt)
-    lay_out(ours)
+    pack_weights(ours)
     with torch.inference_mode():
         return tapped_projections(ours, latent, taps)
 
@@ -236,7 +236,7 @@ def test_the_encoder_gives_the_mean_alone(vae):
         cut_encoder(ours)
         cut_encoder(ours)  # again does no harm
         assert not [name for name in ours.state_dict() if name.startswith(("decoder", "post_quant"))]
-        lay_out(ours)
+        pack_weights(ours)
         with torch.inference_mode():
             mean = whole.encode(pixels).latent_dist.mean
             assert mean.std() > 0.1

@@ -60,10 +60,10 @@ def test_any_layout_in_memory_is_the_same_image(part, image, layout):
     assert (other == before).all()
 
 
-def test_laps_are_told_in_order(part, image):
-    told = []
-    part(image, told.append)
-    assert told in (["preprocess", "clip", "diffusion"], ["preprocess", "networks"])
+def test_laps_are_reported_in_order(part, image):
+    laps = []
+    part(image, laps.append)
+    assert laps in (["preprocess", "clip", "diffusion"], ["preprocess", "networks"])
 
 
 def test_a_stopwatch_adds_up():
@@ -126,9 +126,9 @@ def test_compiled_networks_return_the_same(tmp_path, image, monkeypatch, caplog)
     part = Segmenter.from_pretrained("embedded", device="cpu", cache_dir=tmp_path, settings=SMALL).frame_part
     expected, original = part(image), torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **options: original(function, backend="aot_eager"))
-    part._look = frame._Compiled(part.clip.features)
+    part._run_clip = frame._Compiled(part.clip.features)
     monkeypatch.setattr(torch, "compile", lambda function, **options: original(function, backend="eager"))
-    part._tap = frame._Compiled(part.taps)  # aot_eager itself fails on group norms of images with channels last
+    part._run_taps = frame._Compiled(part.taps)  # aot_eager itself fails on group norms of images with channels last
     with caplog.at_level(logging.WARNING):
         assert_same(part(image), expected)
     assert not caplog.records  # it was really compiled

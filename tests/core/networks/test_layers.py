@@ -1,4 +1,4 @@
-"""The layers' room: what is run in another way returns what the library's own layers do."""
+"""Attention in blocks and layers with packed weights return what the library's own layers do."""
 
 import copy
 
@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from nerve_core.networks import layers
-from nerve_core.networks.layers import attend, lay_out
+from nerve_core.networks.layers import attend, pack_weights
 
 SIZES = [(1, 2, 6, 9, 8), (2, 3, 769, 77, 40), (1, 1, 700, 1900, 16), (1, 3, 2, 5, 4)]
 
@@ -34,7 +34,7 @@ def test_attention_in_blocks_equals_the_library_s(size, spread, monkeypatch):
             assert (ours - expected).norm() < (0.01 if spread == 1 else 0.04) * expected.norm()
 
 
-def test_attention_takes_heads_that_lie_beside_one_another():
+def test_attention_takes_heads_that_are_interleaved_in_memory():
     q, k, v = (sample(2, 30, 3, 8, seed=seed).transpose(1, 2) for seed in range(3))
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.05)):
         ours = attend(q.to(dtype), k.to(dtype), v.to(dtype)).float()
@@ -65,10 +65,10 @@ class Network(nn.Module):
 @pytest.mark.parametrize("size", [(12, 20), (33, 9), (4, 4)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.inference_mode()
-def test_a_network_laid_out_returns_the_same(dtype, size):
+def test_a_network_with_packed_weights_returns_the_same(dtype, size):
     torch.manual_seed(0)
     plain = Network().to(dtype).eval()
-    ours = lay_out(copy.deepcopy(plain))
+    ours = pack_weights(copy.deepcopy(plain))
     x = sample(2, 3, *size, seed=3).to(dtype)
     tolerance = 1e-5 if dtype == torch.float32 else 0.02
     for image in (x, x.contiguous(memory_format=torch.channels_last)):
@@ -76,10 +76,10 @@ def test_a_network_laid_out_returns_the_same(dtype, size):
             torch.testing.assert_close(mine, other, rtol=tolerance, atol=tolerance)
 
 
-def test_a_network_laid_out_holds_its_weights_once():
+def test_a_network_with_packed_weights_holds_them_once():
     if not layers._packs(torch.float32):
-        pytest.skip("oneDNN keeps no weights in its own order here")
-    kept = {name for name, _ in lay_out(Network()).named_parameters()}
+        pytest.skip("oneDNN keeps no weights in its blocked layout here")
+    kept = {name for name, _ in pack_weights(Network()).named_parameters()}
     assert not [name for name in kept if name.endswith("weight") and "linears.0" not in name]
 
 
@@ -91,7 +91,7 @@ def test_without_the_operators_layers_stay_as_they_are(monkeypatch):
     layers._packs.cache_clear()
     try:
         assert not layers._packs(torch.float32)
-        network = lay_out(Network())
+        network = pack_weights(Network())
         assert [type(layer) for layer in network.convs] == [nn.Conv2d] * 4
         assert network.convs[0].weight.is_contiguous(memory_format=torch.channels_last)
     finally:
