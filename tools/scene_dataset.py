@@ -40,7 +40,7 @@ def write_folder(root: Path, scenes: Iterable[Scene]) -> Path:
         indices = Image.fromarray(scene.labels)
         indices.putpalette(colours)
         indices.save(labels / f"{ids[-1]}.png")
-    (root / "classes.txt").write_text("".join(f"{name}\n" for name in NAMES))
+    (root / "classes.txt").write_text("".join(f"{line}\n" for line in ("labels: from 1", *NAMES)))
     # Last: the folder is whole once it has a split.
     (lists / "val.txt").write_text("".join(f"{name}\n" for name in ids))
     return root

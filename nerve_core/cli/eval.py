@@ -6,7 +6,7 @@ import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
@@ -267,7 +267,7 @@ def open_set(name: str, root: Path, limit: int | None) -> tuple[Dataset, int]:
 
     with console.status(f"looking at {name} in {root}"):
         dataset = open_dataset(name, root)
-    return replace(dataset, samples=dataset.samples[:limit]), len(dataset.samples)
+    return dataset.first(limit), len(dataset.samples)
 
 
 def measure(

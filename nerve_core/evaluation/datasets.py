@@ -6,11 +6,13 @@ in a sample of the label files which of the encodings that go by the same name t
 
 from __future__ import annotations
 
+import codecs
 import math
+import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image, ImageFile
@@ -23,6 +25,7 @@ _REFUSED = -1
 _SAMPLED = 64  # label files that are read when a set is opened, spread over the split
 _SURE = 20.0  # nats between the likelihoods of two encodings; 64 files of Pascal Context give some 270
 _SAME = tuple(range(256))
+_Item = TypeVar("_Item")
 
 
 class DatasetError(ValueError):
@@ -81,14 +84,35 @@ class Dataset:
         exact = {} if self.background is None else {"mean_negative": False}
         return {name: value for name, value in asked.items() if value is not None} | exact
 
-    def load(self, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
-        """One image and its truth, as stored: an orientation in EXIF is left alone, as the labels know none.
+    def first(self, limit: int | None) -> Dataset:
+        """The set with the first `limit` images alone; None takes all. Raises DatasetError for a limit below 1, and
+        where no class of the list occurs in those images."""
+        if limit is None or limit >= len(self.samples):
+            return self
+        if limit < 1:
+            raise DatasetError(f"the limit is {limit}; it must be 1 or more images")
+        taken = self.samples[:limit]
+        classes = {raw for raw, label in enumerate(self.values) if 0 < label != IGNORED}
+        if not any(classes & _values(sample.labels) for sample in taken):
+            raise DatasetError(
+                f"no class of {self.name} occurs in the first {limit} of {len(self.samples)} images: scores would be "
+                "of the background alone; take more images"
+            )
+        return replace(self, samples=taken)
 
+    def load(self, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
+        """One image and its truth, turned as the image's EXIF says, as `nerve segment` does it.
+
+        Labels know no orientation. Where theirs is the size of the image as it is stored and not of the turned one,
+        they were drawn on the stored pixels, and the image stays so.
         Returns uint8 [H, W, 3] RGB (a grey image three times) and uint8 [H, W] mask labels, 0 the background, 255
         ignored. Raises DatasetError for a file that is missing, cannot be decoded, is of another size than the other,
         or holds a value that the set's encoding has not.
         """
-        image, raw = _read_image(sample.image), _read_labels(sample.labels)
+        stored, orientation = _read_image(sample.image)
+        raw = _read_labels(sample.labels)
+        turn = _turn(orientation, stored.shape[:2], raw.shape)
+        image = stored if turn is None else np.array(Image.fromarray(stored).transpose(turn))
         if image.shape[:2] != raw.shape:
             raise DatasetError(
                 f"{sample.labels} is {raw.shape[1]} x {raw.shape[0]} pixels, {sample.image.name} "
@@ -118,11 +142,18 @@ def open_dataset(name: str, root: Path | str, *, limit: int | None = None) -> Da
         raise DatasetError(f"the limit is {limit}; it must be 1 or more images")
     layout, root = _SETS[name], Path(root)
     place = _find_place(name, layout, root)
-    names, background = _read_classes(_CLASSES / layout.classes if layout.classes else place / "classes.txt")
+    classes = _read_classes(_CLASSES / layout.classes if layout.classes else place / "classes.txt")
     ids = _read_split(layout, place)
     images = _files(place, layout.images, ids, "images")
-    encodings, labels = _label_files(name, layout, place, ids, len(names))
-    encoding, seen, notes = _find_encoding(name, encodings, labels)
+    encodings, labels = _label_files(name, layout, place, ids, len(classes.names))
+    background, threshold = classes.background, layout.threshold
+    if layout.classes:
+        encoding, seen, notes = _find_encoding(name, encodings, labels)
+    else:
+        encoding, seen, notes = _find_reading(classes, labels)
+        if 0 not in encoding.labels.values() and background is None:
+            background, threshold = (), 0.0  # every pixel has a class, as in the sets whose background does not count
+    _check_classes_occur(name, classes, encoding, labels, seen)
     if layout.has_ignored and not any(IGNORED in values for values in seen):
         notes = (*notes, f"none of {len(seen)} label files has ignored pixels, as the published ones have")
     if layout.images_in_split not in (None, len(ids)):
@@ -135,14 +166,14 @@ def open_dataset(name: str, root: Path | str, *, limit: int | None = None) -> Da
         name=name,
         title=layout.title,
         root=root,
-        names=names,
+        names=classes.names,
         background=background if layout.background_counts else (),
         templates=layout.templates,
-        threshold=layout.threshold,
-        samples=samples[:limit],
-        notes=notes,
+        threshold=threshold,
+        samples=samples,
+        notes=(*notes, *_orientation_notes(samples)),
         values=tuple(values),
-    )
+    ).first(limit)
 
 
 # --- the sets --------------------------------------------------------------------------------------------------------
@@ -208,6 +239,55 @@ def _context_encodings(classes: int) -> tuple[_Encoding, ...]:
         )
         for name, order in (("alphabetical order", alphabetical), ("VOC-first order", voc_first))
     )
+
+
+_FROM_0, _FROM_1, _BINARY = _READINGS = ("from 0", "from 1", "0 and 255")
+"""What a folder's classes.txt may say after "labels:", of how its lines are numbered in the label files."""
+_UNASKED = {"background": 0} | dict.fromkeys(("ignore", "ignored", "void", "unlabelled", "unlabeled"), IGNORED)
+"""Lines of a class list that name no class -> their mask label. Outer "_" do not count: labelme has _background_."""
+
+
+@dataclass(frozen=True)
+class _ClassList:
+    """A class list as it is written.
+
+    path: the file. lines: those that have a number in the label files, in its order. unnumbered: a first line
+    __ignore__, which labelme counts as -1 and writes as 255. background: words of the line "background:", None without
+    one. reading: one of `_READINGS` from the line "labels:", None without one.
+    """
+
+    path: Path
+    lines: tuple[str, ...]
+    unnumbered: tuple[str, ...]
+    background: tuple[str, ...] | None
+    reading: str | None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The lines that name a class; mask label k is names[k - 1]."""
+        return tuple(line for line in self.lines if _unasked(line) is None)
+
+    @property
+    def unasked(self) -> tuple[str, ...]:
+        """The numbered lines that name none."""
+        return tuple(line for line in self.lines if _unasked(line) is not None)
+
+    def encoding(self, reading: str) -> _Encoding:
+        """How label files are written, by one of `_READINGS`."""
+        if reading == _BINARY:
+            return _Encoding(f"'labels: {_BINARY}', 0 the background", "", {0: 0, IGNORED: 1})
+        numbers = {line: number for number, line in enumerate(self.names, 1)}
+        labels = [numbers.get(line, _unasked(line) or 0) for line in self.lines]
+        if reading == _FROM_0:
+            return _Encoding(f"'labels: {_FROM_0}', 255 ignored", "", {**dict(enumerate(labels)), IGNORED: IGNORED})
+        return _Encoding(
+            f"indices 0 to {len(labels)}, 255 ignored", "", {0: 0, **dict(enumerate(labels, 1)), IGNORED: IGNORED}
+        )
+
+
+def _unasked(line: str) -> int | None:
+    """The mask label of a line that names no class; None for a class."""
+    return _UNASKED.get(line.strip("_ ").casefold())
 
 
 _COCO_UNUSED = (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)  # raw ids of COCO-Stuff that no class has
@@ -342,7 +422,7 @@ _SETS: dict[str, _Layout] = {
         title="labelled folder",
         classes="",
         places=("",),
-        images=("JPEGImages/{}.jpg", "JPEGImages/{}.png"),
+        images=("JPEGImages/{}.jpg", "JPEGImages/{}.jpeg", "JPEGImages/{}.png"),
         split="ImageSets/Segmentation/val.txt",
         encodings=_voc_encodings,
         images_in_split=None,
@@ -350,9 +430,14 @@ _SETS: dict[str, _Layout] = {
         background_counts=True,
         templates=None,
         threshold=None,
-        get="a labelled folder has classes.txt with one class a line, JPEGImages/ID.jpg or .png, "
+        get="a labelled folder has classes.txt with one class a line, JPEGImages/ID.jpg, .jpeg or .png, "
         "SegmentationClass/ID.png with the class's line number from 1 (0 background, 255 ignored), and the IDs in "
         "ImageSets/Segmentation/val.txt",
+        look_alikes={
+            "class_names.txt": "class_names.txt, as labelme writes it, may be copied to classes.txt: its first line, "
+            "_background_, is label 0",
+            "SegmentationClassPNG": "SegmentationClassPNG, as labelme writes it, may be renamed to SegmentationClass",
+        },
     ),
 }
 DATASETS: tuple[str, ...] = tuple(_SETS)
@@ -393,9 +478,15 @@ def _read_split(layout: _Layout, place: Path) -> tuple[str, ...]:
         bad = [line for line in ids if len(line.split()) != 1]
         if bad:
             raise DatasetError(f"{path} has the line {bad[0]!r}; it must list one id a line")
+        named = [line for line in ids if Path(line).suffix.lower() in _ENDINGS]
+        if named and not (place / layout.images[0].format(named[0])).is_file():
+            raise DatasetError(
+                f"{path} has the line {named[0]!r}; it must list ids, the names of the images without folder and "
+                f"ending, as {Path(named[0]).stem!r}"
+            )
     else:
-        path = (place / layout.images[0]).parent
-        ids = sorted(file.stem for file in path.glob(Path(layout.images[0]).name.format("*")))
+        path, ending = (place / layout.images[0]).parent, Path(layout.images[0]).suffix
+        ids = sorted(file.stem for file in path.iterdir() if file.suffix.lower() == ending)
     repeated = sorted({name for name in ids if ids.count(name) > 1}) if len(set(ids)) < len(ids) else []
     if repeated:
         raise DatasetError(f"{path} names {repeated[0]} more than once; every image counts once")
@@ -405,13 +496,28 @@ def _read_split(layout: _Layout, place: Path) -> tuple[str, ...]:
 
 
 def _files(place: Path, patterns: Sequence[str], ids: Sequence[str], what: str) -> list[Path]:
-    """The file of every id by the first pattern that has one, or DatasetError with how many are missing."""
-    found = [next((path for p in patterns if (path := place / p.format(name)).is_file()), None) for name in ids]
-    missing = [name for name, path in zip(ids, found, strict=True) if path is None]
+    """The file of every id by any of the patterns, their endings in any case. DatasetError with how many are missing,
+    or where an id has several."""
+    folders: dict[Path, dict[str, list[Path]]] = {}
+    found = [[path for p in patterns for path in _cased(place / p.format(name), folders)] for name in ids]
+    missing = [name for name, paths in zip(ids, found, strict=True) if not paths]
     if missing:
         wanted = " or ".join(str(place / pattern.format(missing[0])) for pattern in patterns)
         raise DatasetError(f"{len(missing)} of {len(ids)} {what} are missing, the first is {wanted}")
-    return [path for path in found if path is not None]
+    for name, paths in zip(ids, found, strict=True):
+        if len(paths) > 1:
+            files = " and ".join(path.name for path in paths)
+            raise DatasetError(f"{paths[0].parent} holds {files}, so that {name} is not one file; leave one of them")
+    return [path for path, *_ in found]
+
+
+def _cased(path: Path, folders: dict[Path, dict[str, list[Path]]]) -> list[Path]:
+    """The files of that path with its ending in any case. folders: what is in folders looked into before."""
+    if path.parent not in folders:
+        inside = folders[path.parent] = {}
+        for file in sorted(path.parent.iterdir()) if path.parent.is_dir() else ():
+            inside.setdefault(file.stem + file.suffix.lower(), []).append(file)
+    return [file for file in folders[path.parent].get(path.name, ()) if file.is_file()]
 
 
 def _label_files(
@@ -420,7 +526,8 @@ def _label_files(
     """The label files of the first pattern under which there are any, and the encodings that go by it."""
     encodings = layout.encodings(classes)
     patterns = list(dict.fromkeys(encoding.files for encoding in encodings))
-    pattern = next((p for p in patterns if any((place / p.format(id)).is_file() for id in ids)), None)
+    folders: dict[Path, dict[str, list[Path]]] = {}
+    pattern = next((p for p in patterns if any(_cased(place / p.format(id), folders) for id in ids)), None)
     if pattern is None:
         hints = [hint for glob, hint in layout.look_alikes.items() if any(place.glob(glob))]
         raise DatasetError(
@@ -436,9 +543,8 @@ def _find_encoding(
 ) -> tuple[_Encoding, list[frozenset[int]], tuple[str, ...]]:
     """Which encoding the label files are in, by the values in a sample of them; those values; and what a reader
     has to know of it."""
-    step = max(1, len(files) // _SAMPLED)
-    sampled = files[::step][:_SAMPLED]
-    seen = [frozenset(np.unique(_read_labels(path)).tolist()) for path in sampled]
+    sampled = _spread(files)
+    seen = [_values(path) for path in sampled]
     fitting = [encoding for encoding in encodings if all(encoding.labels.keys() >= values for values in seen)]
     if not fitting:
         path, strange = next(
@@ -466,6 +572,118 @@ def _find_encoding(
     return likely[0][1], seen, (note,)
 
 
+def _find_reading(
+    classes: _ClassList, files: Sequence[Path]
+) -> tuple[_Encoding, list[frozenset[int]], tuple[str, ...]]:
+    """How the lines of a folder's own class list are numbered in its label files: as it says by "labels:", or by the
+    values that occur. All files are read where a sample does not show the last line's.
+
+    Returns the encoding, the values of the files that were read, and what a reader of the scores has to know. Raises
+    DatasetError for a value that has no meaning, and where two meanings fit alike.
+    """
+    lines, last = classes.lines, len(classes.lines)
+    first, final = lines[0], lines[-1]
+    reading = classes.reading or (_FROM_0 if _unasked(first) is not None else None)
+    encoding = classes.encoding(reading or _FROM_1)
+    seen: list[frozenset[int]] = []
+    there: frozenset[int] = frozenset()
+    sampled = _spread(files)
+    for number, path in enumerate((*sampled, *sorted(set(files) - set(sampled)))):
+        known = classes.reading or (there - {0, IGNORED} and (reading or last in there))
+        if number >= len(sampled) and known:
+            break
+        seen.append(_values(path))
+        there |= seen[-1]
+        strange = sorted(seen[-1] - encoding.labels.keys())
+        if strange:
+            why = "" if reading == classes.reading else f", since its first line is {first}"
+            raise DatasetError(
+                f"{path} holds {_ranges(strange)}, which folder has not ({encoding.name}{why}: "
+                f"{_ranges(encoding.labels)})"
+            )
+    notes = _unasked_notes(classes)
+    if classes.reading:
+        return encoding, seen, notes
+    if there == {0, IGNORED} and len(classes.names) == 1 and not notes:
+        note = f"label files hold 0 and 255 alone: 255 is read as {classes.names[0]}, as by 'labels: {_BINARY}'"
+        return classes.encoding(_BINARY), seen, (f"{note} in classes.txt",)
+    if reading:
+        return encoding, seen, (f"line 1 of classes.txt, {first}, is label 0: labels are read from 0", *notes)
+    if 0 not in there or not there - {0, IGNORED}:
+        return encoding, seen, notes
+    if last in there:
+        note = (
+            f"labels are read from 1: 0 the background, 1 {first}, {last} {final}; where 0 is {first} and {last} is "
+            f"unlabelled, write a first line 'labels: {_FROM_0}' and a last line 'void' into classes.txt"
+        )
+    elif there - {IGNORED} == set(range(last)) or classes.unasked or classes.unnumbered:
+        raise DatasetError(
+            f"the label files in {files[0].parent} hold {_ranges(sorted(there))} and never {last}, so that two "
+            f"readings fit: 'labels: {_FROM_1}', where 0 is the background, 1 is {first} and {last}, {final}, does "
+            f"not occur, and 'labels: {_FROM_0}', where 0 is {first} and {last - 1} is {final}. Write the one that is "
+            f"meant as the first line of {classes.path}"
+        )
+    else:
+        note = (
+            f"label {last} ({final}) never occurs while 0 does: labels are read from 1, 0 the background, 1 {first}; "
+            f"where 0 is {first}, write a first line 'labels: {_FROM_0}' into classes.txt"
+        )
+    return encoding, seen, (note, *notes)
+
+
+def _unasked_notes(classes: _ClassList) -> tuple[str, ...]:
+    """Which lines of a class list are not looked for."""
+    ignored = [*classes.unnumbered, *(line for line in classes.unasked if _unasked(line) == IGNORED)]
+    return tuple(f"{line} of classes.txt is no class: its pixels are ignored" for line in ignored)
+
+
+def _check_classes_occur(
+    name: str, classes: _ClassList, encoding: _Encoding, files: Sequence[Path], seen: Sequence[frozenset[int]]
+) -> None:
+    """Raise DatasetError where no label file shows a class. Those that were not read are, until one does."""
+    meant = {raw for raw, label in encoding.labels.items() if 0 < label != IGNORED}
+    if any(meant & values for values in seen) or any(meant & _values(path) for path in files):
+        return
+    held = _ranges(sorted(frozenset().union(*seen)))
+    own = ""
+    if name == "folder":
+        line = classes.lines[0]
+        own = (
+            f". {classes.path} may say by a first line what is meant: 'labels: {_FROM_1}' (0 is the background, 1 is "
+            f"{line}, 255 is ignored), 'labels: {_FROM_0}' (0 is {line}, 255 is ignored) or, for a single class, "
+            f"'labels: {_BINARY}' (255 is the class)"
+        )
+    raise DatasetError(
+        f"no class of {name} occurs in the {len(files)} label files in {files[0].parent}, which hold {held} alone "
+        f"(read as {encoding.name}): scores would be of the background alone{own}"
+    )
+
+
+def _orientation_notes(samples: Sequence[Sample]) -> tuple[str, ...]:
+    """What was done with an orientation in EXIF, by a sample of the images."""
+    looked, turned, stored = _spread(samples), 0, 0
+    for sample in looked:
+        try:
+            with _opened(sample.image) as image, _opened(sample.labels) as labels:
+                orientation, sizes = _orientation(image), [(file.height, file.width) for file in (image, labels)]
+                turn = _turn(orientation, *sizes)
+                turned += turn is not None
+                stored += turn is None and orientation in _TURNS
+        except DatasetError:
+            continue  # it is named when it is read, and may be left out then
+    if not turned + stored:
+        return ()
+    note = (
+        f"{turned + stored} of {len(looked)} images have an orientation in EXIF: {turned} are turned by it, {stored} "
+    )
+    return (note + "stay as stored, since that is the size of their labels",)
+
+
+def _spread(items: Sequence[_Item]) -> Sequence[_Item]:
+    """At most `_SAMPLED` of the items, spread over them."""
+    return items[:: max(1, len(items) // _SAMPLED)][:_SAMPLED]
+
+
 def _log_likelihood(seen: Sequence[frozenset[int]], encoding: _Encoding) -> float:
     """Of which raw values each file shows, every value by itself; nats. Encodings without shares are all alike."""
     return sum(
@@ -477,29 +695,56 @@ def _log_likelihood(seen: Sequence[frozenset[int]], encoding: _Encoding) -> floa
 
 
 def _lines(path: Path) -> list[str]:
-    """The lines of a text file that say something: without outer blanks, empty lines and comments (#)."""
+    """The lines of a text file that say something: without outer blanks, empty lines and comments (#). UTF-8, or
+    UTF-16 with its mark."""
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+        content = path.read_bytes()
+        if content.startswith(_POINTER):
+            raise _pointer(path)
+        utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        lines = [line.strip() for line in content.decode("utf-16" if utf16 else "utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise DatasetError(f"{path} cannot be read: {error}") from error
+        raise DatasetError(f"{path} cannot be read: {error}; it must be text in UTF-8") from error
     return [line for line in lines if line and not line.startswith("#")]
 
 
-def _read_classes(path: Path) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
-    """Names and background words of a class list: one class a line, synonyms by "|"; an optional first line
-    "background: word, word" (no word: none)."""
-    lines, background = _lines(path), None
-    if lines and lines[0].lower().startswith("background:"):
-        background = tuple(word.strip() for word in lines.pop(0).partition(":")[2].split(",") if word.strip())
+def _read_classes(path: Path) -> _ClassList:
+    """A class list: one class a line, synonyms by "|"; before them, both optional, "background: word, word" (no word:
+    none) and "labels: " with one of `_READINGS`."""
+    lines, background, reading = _lines(path), None, None
+    while lines and (header := lines[0].partition(":"))[0].strip().lower() in ("background", "labels") and header[1]:
+        if header[0].strip().lower() == "background":
+            background = tuple(word.strip() for word in header[2].split(",") if word.strip())
+        else:
+            reading = " ".join(header[2].lower().split())
+            if reading not in _READINGS:
+                raise DatasetError(f"{path} has the line {lines[0]!r}; after labels: may stand {', '.join(_READINGS)}")
+        del lines[0]
+    unnumbered = lines[:1] if lines and lines[0].lower() == "__ignore__" else []
+    classes = _ClassList(path, tuple(lines[len(unnumbered) :]), tuple(unnumbered), background, reading)
     try:
-        vocabulary = Vocabulary(lines, negatives=background)
+        vocabulary = Vocabulary(classes.names, negatives=background)
     except VocabularyError as error:
         raise DatasetError(f"{path}: {error}") from error
     if vocabulary.dropped:
         raise DatasetError(f"{path} has {vocabulary.dropped[0]!r} twice; every word must stand once")
-    if not lines:
+    if not classes.names:
         raise DatasetError(f"{path} names no class; it must have one class a line, synonyms by |")
-    return tuple(lines), background
+    mixed = [line for line in classes.names if any(_unasked(word) is not None for word in line.split("|"))]
+    if mixed:
+        raise DatasetError(
+            f"{path} has the line {mixed[0]!r}, with a word that names no class; give it a line of its own"
+        )
+    if reading == _BINARY and len(classes.names) > 1:
+        raise DatasetError(
+            f"{path} says 'labels: {_BINARY}' and has {len(classes.names)} classes; 255 can be one class alone"
+        )
+    return classes
+
+
+def _values(path: Path) -> frozenset[int]:
+    """The raw values that occur in a label file."""
+    return frozenset(np.flatnonzero(np.bincount(_read_labels(path).ravel(), minlength=256)).tolist())
 
 
 def _read_labels(path: Path) -> np.ndarray:
@@ -519,22 +764,62 @@ def _read_labels(path: Path) -> np.ndarray:
         return _decoded(path, image)
 
 
-def _read_image(path: Path) -> np.ndarray:
-    """uint8 [H, W, 3] RGB of an image of 8 bits, grey or in colour."""
+def _read_image(path: Path) -> tuple[np.ndarray, int]:
+    """An image of 8 bits, grey or in colour, as it is stored: uint8 [H, W, 3] RGB, and its orientation in EXIF."""
     with _opened(path) as image:
         if image.mode not in ("RGB", "L", "P"):
             raise DatasetError(f"{path} is of mode {image.mode}; images must be RGB or grey of 8 bits")
-        return _decoded(path, image, "RGB")
+        return _decoded(path, image, "RGB"), _orientation(image)
+
+
+_ORIENTATION = 0x0112  # EXIF's number of the orientation
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What shows an image of each orientation upright; 1 is upright as it is."""
+
+
+def _orientation(image: Image.Image) -> int:
+    """An image's orientation in EXIF; 1 without one, or with EXIF that is damaged, as OpenCV takes it."""
+    try:
+        return int(image.getexif().get(_ORIENTATION, 1))
+    except (*_DECODING, TypeError, LookupError, struct.error):
+        return 1
+
+
+def _turn(orientation: int, stored: tuple[int, ...], labels: tuple[int, ...]) -> Image.Transpose | None:
+    """How an image is turned that is stored with the size (H, W), and whose labels have another or the same; None for
+    not at all."""
+    across = orientation >= 5 and stored != stored[::-1]
+    return None if across and labels == stored else _TURNS.get(orientation)
 
 
 _DECODING = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 """What Pillow raises for a file that is damaged, of another kind, or not there."""
 
 
+_POINTER = b"version https://git-lfs"
+_ENDINGS = (".jpg", ".jpeg", ".png")
+
+
+def _pointer(path: Path) -> DatasetError:
+    return DatasetError(f"{path} is a pointer of git-lfs, not the file itself; get the files by git lfs pull")
+
+
 def _opened(path: Path) -> ImageFile.ImageFile:
     try:
         return Image.open(path)
     except _DECODING as error:
+        if path.is_file():
+            with path.open("rb") as file:
+                if file.read(len(_POINTER)) == _POINTER:
+                    raise _pointer(path) from None
         raise DatasetError(f"{path} cannot be read: {error}") from error
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -283,7 +284,7 @@ def test_the_split_keeps_its_own_order_and_the_limit_takes_its_first(tmp_path):
 
 @pytest.mark.parametrize("depth", ["VOCdevkit", "VOC2012"])
 def test_a_set_is_found_where_its_archive_unpacks_it(depth, tmp_path):
-    write_voc(tmp_path / "VOCdevkit" / "VOC2012", draw_scenes(0, 1, size=(32, 32)))
+    write_voc(tmp_path / "VOCdevkit" / "VOC2012", draw_scenes(0, 1, size=(32, 32), names=("person",)))
     root = tmp_path if depth == "VOCdevkit" else tmp_path / "VOCdevkit"
     assert len(open_dataset("voc21", root).samples) == 1
 
@@ -291,7 +292,7 @@ def test_a_set_is_found_where_its_archive_unpacks_it(depth, tmp_path):
 def test_labels_of_voc_without_ignored_borders_are_noted(tmp_path):
     scenes = list(draw_scenes(0, 2, size=(48, 48)))
     assert not any("ignored pixels" in note for note in open_dataset("voc21", write_voc(tmp_path / "a", scenes)).notes)
-    write_files(tmp_path / "b", [(picture((4, 4)), np.zeros((4, 4), np.uint8))], palette=True, **VOC_FILES)
+    write_files(tmp_path / "b", [(picture((4, 4)), np.ones((4, 4), np.uint8))], palette=True, **VOC_FILES)
     notes = open_dataset("voc21", tmp_path / "b").notes
     assert "none of 1 label files has ignored pixels, as the published ones have" in notes
 
@@ -492,6 +493,258 @@ def test_unknown_names_and_limits_are_refused(tmp_path):
     root = write_folder(tmp_path, draw_scenes(0, 1, size=(32, 32)))
     with pytest.raises(DatasetError, match="limit is 0"):
         open_dataset("folder", root, limit=0)
+
+
+# --- folders of one's own, as tools leave them ------------------------------------------------------------------------
+
+
+def own_folder(root: Path, classes: str, raws: list[list[int]], *, ending: str = ".png") -> Path:
+    """A labelled folder whose label files hold the values of `raws`, a row each."""
+    pairs = [(picture((1, len(raw))), np.array([raw], np.uint8)) for raw in raws]
+    write_files(root, pairs, **{**VOC_FILES, "images": f"JPEGImages/{{}}{ending}"})
+    (root / "classes.txt").write_text(classes)
+    return root
+
+
+def truth_of(found: Dataset, number: int = 0) -> list[int]:
+    return found.load(found.samples[number])[1][0].tolist()
+
+
+def test_masks_of_0_and_255_are_one_class_over_the_background(tmp_path):
+    """They scored 100 % before: 255 was ignored, and the background was all that counted."""
+    found = open_dataset("folder", own_folder(tmp_path, "cat\n", [[0, 255, 255], [0, 0, 0]]))
+    assert truth_of(found) == [0, 1, 1]
+    assert truth_of(found, 1) == [0, 0, 0]
+    assert "255 is read as cat" in found.notes[0]
+    matrix = ConfusionMatrix.of(2)
+    matrix.add(found.load(found.samples[0])[1], np.zeros((1, 3), np.uint8))
+    assert matrix.mean_iou() < 0.5
+    named = open_dataset("folder", own_folder(tmp_path / "named", "background\ncat\n", [[0, 255]]))
+    assert truth_of(named) == [0, 1]
+
+
+def test_one_class_with_ignored_borders_is_no_mask_of_0_and_255(tmp_path):
+    """The file that shows it is none of those that are looked at first."""
+    rows = [[0, 255]] * 200
+    rows[131] = [1, 255]
+    found = open_dataset("folder", own_folder(tmp_path, "cat\n", rows))
+    assert truth_of(found, 131) == [1, 255]
+    assert truth_of(found, 0) == [0, 255]
+
+
+@pytest.mark.parametrize(
+    ("classes", "raws"),
+    [
+        ("cat\ndog\n", [[0, 255]]),
+        ("cat\n", [[0, 0]]),
+        ("cat\n", [[255, 255]]),
+        ("__ignore__\n_background_\ncat\n", [[0, 255]]),
+        ("labels: from 1\ncat\n", [[0, 255]]),
+        ("labels: from 0\nvoid\ncat\n", [[0, 255]]),
+    ],
+)
+def test_a_folder_in_which_no_class_occurs_is_refused(classes, raws, tmp_path):
+    with pytest.raises(
+        DatasetError, match=r"no class of folder occurs.*'labels: from 1'.*from 0'.*'labels: 0 and 255'"
+    ):
+        open_dataset("folder", own_folder(tmp_path, classes, raws))
+
+
+def test_a_published_set_in_which_no_class_occurs_is_refused(tmp_path):
+    write_files(tmp_path, [(picture((2, 2)), np.array([[0, 255]] * 2, np.uint8))], palette=True, **VOC_FILES)
+    with pytest.raises(DatasetError, match=r"no class of voc21 occurs in the 1 label files .* hold 0, 255 alone"):
+        open_dataset("voc21", tmp_path)
+
+
+def test_first_images_in_which_no_class_occurs_are_refused(tmp_path):
+    root = own_folder(tmp_path, "cat\ndog\n", [[0, 0], [0, 255], [0, 2]])
+    with pytest.raises(DatasetError, match=r"no class of folder occurs in the first 2 of 3 images"):
+        open_dataset("folder", root, limit=2)
+    assert len(open_dataset("folder", root, limit=3).samples) == 3
+    with pytest.raises(DatasetError, match=r"first 1 of 3 images"):
+        open_dataset("folder", root).first(1)
+
+
+def test_a_class_that_only_a_late_file_shows_is_found(tmp_path):
+    rows = [[0, 0]] * 200
+    rows[131] = [0, 1]
+    assert "never occurs" in open_dataset("folder", own_folder(tmp_path, "cat\ndog\ncow\n", rows)).notes[0]
+
+
+@pytest.mark.parametrize("first", ["background", "_background_", "Background", "__ignore__\n_background_"])
+def test_a_class_list_that_begins_with_the_background_is_numbered_from_it(first, tmp_path):
+    """Every name was shifted by one."""
+    found = open_dataset("folder", own_folder(tmp_path, f"{first}\ncat\ndog|hound\n", [[0, 1, 2, 255]]))
+    assert found.labels == ("background", "cat", "dog")
+    assert truth_of(found) == [0, 1, 2, 255]
+    assert (found.background, found.threshold) == (None, None)
+    assert any("is label 0: labels are read from 0" in note for note in found.notes)
+    assert any("__ignore__ of classes.txt is no class" in note for note in found.notes) == ("ignore" in first)
+
+
+def test_a_value_behind_a_list_that_begins_with_the_background_is_refused(tmp_path):
+    with pytest.raises(
+        DatasetError, match=r"holds 3, which folder has not .*its first line is background: 0\.\.2, 255"
+    ):
+        open_dataset("folder", own_folder(tmp_path, "background\ncat\ndog\n", [[0, 3]]))
+    said = open_dataset("folder", own_folder(tmp_path / "b", "labels: from 1\nbackground\ncat\ndog\n", [[0, 1, 2, 3]]))
+    assert truth_of(said) == [0, 0, 1, 2]
+
+
+def read_first(root: Path) -> None:
+    found = open_dataset("folder", root)
+    found.load(found.samples[0])
+
+
+CAMVID = ("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist")
+
+
+@pytest.mark.parametrize(
+    ("classes", "raws"),
+    [
+        ("\n".join((*CAMVID, "unlabelled")), [[0, 1, 2, 3], [8, 11]]),
+        ("\n".join(CAMVID), [list(range(6)), list(range(5, 11))]),
+        ("__ignore__\nsky\nroad\ntree", [[0, 1]]),
+        ("sky\nroad\nbackground", [[0, 1]]),
+        ("sky\nroad", [[0, 1]]),
+    ],
+)
+def test_labels_that_may_count_from_0_or_from_1_are_refused_with_both_readings(classes, raws, tmp_path):
+    """The sky, label 0, counted as background."""
+    root = own_folder(tmp_path, classes, raws)
+    said = r"two readings fit: 'labels: from 1', where 0 is the background, 1 is sky .*'labels: from 0', where 0 is sky"
+    with pytest.raises(DatasetError, match=said):
+        open_dataset("folder", root)
+    (root / "classes.txt").write_text(f"labels: from 1\n{classes}")
+    assert truth_of(open_dataset("folder", root))[:2] == [0, 1]
+    (root / "classes.txt").write_text(f"labels: from 0\n{classes}")
+    assert truth_of(open_dataset("folder", root))[:2] == [1, 2]
+
+
+def test_labels_from_0_ignore_what_is_void_and_have_no_background(tmp_path):
+    lines = "\n".join(("labels: from 0", *CAMVID, "void"))
+    found = open_dataset("folder", own_folder(tmp_path, lines, [list(range(12)), [255, 0]]))
+    assert found.names == CAMVID
+    assert truth_of(found) == [*range(1, 12), 255]
+    assert truth_of(found, 1) == [255, 1]
+    assert (found.background, found.threshold) == ((), 0.0)
+    assert found.notes == ("void of classes.txt is no class: its pixels are ignored",)
+
+
+def test_how_labels_were_read_is_noted_where_nothing_says_it(tmp_path):
+    full = open_dataset("folder", own_folder(tmp_path / "a", "\n".join(CAMVID), [list(range(12))]))
+    assert full.notes[0].startswith("labels are read from 1: 0 the background, 1 sky, 11 bicyclist; where 0 is sky")
+    gaps = open_dataset("folder", own_folder(tmp_path / "b", "\n".join(CAMVID), [[0, 3, 5]]))
+    assert gaps.notes[0].startswith("label 11 (bicyclist) never occurs while 0 does: labels are read from 1")
+    assert open_dataset("folder", own_folder(tmp_path / "c", "\n".join(CAMVID), [[1, 3, 5]])).notes == ()
+    said = open_dataset("folder", own_folder(tmp_path / "d", "\n".join(("labels: from 1", *CAMVID)), [[0, 3, 5]]))
+    assert said.notes == ()
+    both = "background: wall\nLabels:  0 AND 255\ncat\n"
+    binary = open_dataset("folder", own_folder(tmp_path / "e", both, [[0, 255]]))
+    assert (binary.notes, binary.background, truth_of(binary)) == ((), ("wall",), [0, 1])
+
+
+@pytest.mark.parametrize(
+    ("classes", "said"),
+    [
+        ("labels: from 2\ncat", r"line 'labels: from 2'; after labels: may stand from 0, from 1, 0 and 255"),
+        ("labels: 0 and 255\ncat\ndog", r"'labels: 0 and 255' and has 2 classes"),
+        ("cat\nwall|background", r"line 'wall\|background', with a word that names no class"),
+        ("_background_\nvoid", r"names no class"),
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", r"classes\.txt is a pointer of git-lfs"),
+    ],
+)
+def test_a_wrong_class_list_is_named(classes, said, tmp_path):
+    with pytest.raises(DatasetError, match=said):
+        open_dataset("folder", own_folder(tmp_path, classes, [[0, 1]]))
+
+
+@pytest.mark.parametrize("ending", [".jpg", ".JPG", ".jpeg", ".JPEG", ".Png"])
+def test_the_endings_of_images_and_labels_may_be_written_in_any_case(ending, tmp_path):
+    root = own_folder(tmp_path, "cat\n", [[0, 1]], ending=ending)
+    labels = root / "SegmentationClass/2008_000000.png"
+    labels.rename(labels.with_suffix(ending.upper().replace("JPEG", "PNG").replace("JPG", "PNG")))
+    found = open_dataset("folder", root)
+    assert found.samples[0].image.suffix == ending
+    assert truth_of(found) == [0, 1]
+
+
+def test_a_set_without_a_split_has_the_images_of_every_case(tmp_path):
+    root = write_ade(tmp_path, draw_scenes(0, 3, size=(60, 80)))
+    image = next((root / "images/validation").iterdir())
+    image.rename(image.with_suffix(".JPG"))
+    assert len(open_dataset("ade20k", root).samples) == 3
+
+
+def test_two_images_of_one_id_are_refused(tmp_path):
+    root = own_folder(tmp_path, "cat\n", [[0, 1]])
+    Image.fromarray(picture((1, 2))).save(root / "JPEGImages/2008_000000.JPG")
+    with pytest.raises(DatasetError, match=r"holds 2008_000000\.JPG and 2008_000000\.png, so that"):
+        open_dataset("folder", root)
+
+
+@pytest.mark.parametrize("orientation", range(2, 9))
+def test_an_image_is_turned_as_nerve_segment_turns_it(orientation, tmp_path):
+    """Labels are drawn on what a viewer shows."""
+    stored = np.random.default_rng(3).integers(0, 255, (24, 40, 3), np.uint8)
+    stored = cv2.GaussianBlur(stored, (0, 0), 3)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    shape = (24, 40) if orientation < 5 else (40, 24)
+    root = own_folder(tmp_path, "cat\n", [[0, 1]])
+    (root / "JPEGImages/2008_000000.png").unlink()
+    Image.fromarray(stored).save(root / "JPEGImages/2008_000000.jpg", exif=exif, quality=100)
+    Image.fromarray(np.ones(shape, np.uint8)).save(root / "SegmentationClass/2008_000000.png")
+    found = open_dataset("folder", root)
+    image, _ = found.load(found.samples[0])
+    shown = cv2.imread(str(root / "JPEGImages/2008_000000.jpg"), cv2.IMREAD_COLOR)[..., ::-1]  # as nerve segment does
+    assert image.shape == shown.shape == (*shape, 3)
+    assert np.abs(image.astype(int) - shown).max() < 8
+    assert "1 of 1 images have an orientation in EXIF: 1 are turned by it, 0 stay as stored" in found.notes[-1]
+
+
+def test_an_image_stays_as_stored_where_that_is_the_size_of_its_labels(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    root = own_folder(tmp_path, "cat\n", [[0, 1, 1]])
+    Image.fromarray(picture((1, 3))).save(root / "JPEGImages/2008_000000.png", exif=exif)
+    found = open_dataset("folder", root)
+    assert found.load(found.samples[0])[0].shape == (1, 3, 3)
+    assert "0 are turned by it, 1 stay as stored" in found.notes[-1]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_lists_are_read_as_editors_leave_them(encoding, end, tmp_path):
+    root = own_folder(tmp_path, "", [[0, 1, 2]])
+    (root / "classes.txt").write_bytes(end.join(["café", "cat", ""]).encode(encoding))
+    (root / "ImageSets/Segmentation/val.txt").write_bytes(f"2008_000000{end}".encode(encoding))
+    found = open_dataset("folder", root)
+    assert found.names == ("café", "cat")
+    assert truth_of(found) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("line", ["2008_000000.png", "2008_000000.JPG", "JPEGImages/2008_000000.png"])
+def test_a_list_of_files_in_place_of_ids_is_named(line, tmp_path):
+    root = own_folder(tmp_path, "cat\n", [[0, 1]])
+    (root / "ImageSets/Segmentation/val.txt").write_text(line)
+    with pytest.raises(DatasetError, match=r"must list ids, .* without folder and ending, as '2008_000000'"):
+        open_dataset("folder", root)
+
+
+@pytest.mark.parametrize("part", ["JPEGImages", "SegmentationClass"])
+def test_a_pointer_of_git_lfs_is_said_to_be_one(part, tmp_path):
+    root = own_folder(tmp_path, "cat\n", [[0, 1]])
+    (root / part / "2008_000000.png").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(DatasetError, match=r"2008_000000\.png is a pointer of git-lfs"):
+        read_first(root)
+
+
+def test_what_labelme_leaves_is_recognised(tmp_path):
+    root = own_folder(tmp_path, "_background_\ncat\n", [[0, 1]])
+    (root / "classes.txt").rename(root / "class_names.txt")
+    with pytest.raises(DatasetError, match=r"lacks classes\.txt.*Note that class_names\.txt.* may be copied"):
+        open_dataset("folder", root)
 
 
 @pytest.fixture(scope="module")
