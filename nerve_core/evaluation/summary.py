@@ -73,8 +73,16 @@ def set_scores(
         scores=tuple(found),
         published=tuple(published),
         pictures=tuple(pictures),
-        notes=(*dataset.notes, *few, *lost),
+        notes=(*dataset.notes, *few, *_only_background(result), *lost),
     )
+
+
+def _only_background(result: SetResult) -> tuple[str, ...]:
+    """What has to be known of images, a part of a set, in whose truth no class occurs."""
+    truth = next(iter(result.tally.matrices.values())).counts.sum(1)
+    if not truth[0] or truth[1:].any():
+        return ()
+    return ("no class occurs in the truth of these images: the score is that of the background alone",)
 
 
 def _known(value: float) -> float | None:

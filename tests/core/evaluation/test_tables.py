@@ -22,7 +22,7 @@ from nerve_core.evaluation.protocols import (
     read_roots,
     table_variants,
 )
-from nerve_core.evaluation.runner import make_task, run_set
+from nerve_core.evaluation.runner import SetResult, Tally, make_task, run_set
 from nerve_core.evaluation.summary import scores, set_scores
 from nerve_core.evaluation.workers import InProcess
 from nerve_core.models.pairs import find_pair
@@ -130,6 +130,17 @@ def test_ablations_over_numbers_are_curves():
     assert curves("table4", [item]) == ()
     assert item.images == 9
     assert "the first 2 of 9 images alone" in item.notes
+
+
+@pytest.mark.parametrize("truth", [0, 1, 255])
+def test_a_score_of_the_background_alone_is_said_to_be_one(truth):
+    rows = table_variants("fig2", "embedded", EMBEDDED, {})[:1]
+    task = make_task(SmallScenes(8, 1), rows, device="cpu")
+    tally = Tally(["0"], [rows[0].name], len(task.dataset.labels))
+    tally.matrices[rows[0].name].add(np.full((2, 2), truth, np.uint8), np.zeros((2, 2), np.uint8))
+    item = set_scores(SetResult(task, {}, tally), [])
+    said = [note for note in item.notes if "no class occurs in the truth of these images" in note]
+    assert len(said) == (truth == 0)
 
 
 def test_only_single_heads_are_points_of_the_curve_over_heads():
