@@ -24,6 +24,7 @@ _CLASSES = Path(__file__).with_name("classes")
 _REFUSED = -1
 _SAMPLED = 64  # label files that are read when a set is opened, spread over the split
 _SURE = 20.0  # nats between the likelihoods of two encodings; 64 files of Pascal Context give some 270
+_MOSTLY = 0.75  # of the labels 0 to n - 1 occur and n, of n lines, never does: they may as well count from 0
 _SAME = tuple(range(256))
 _Item = TypeVar("_Item")
 
@@ -616,7 +617,7 @@ def _find_reading(
             f"labels are read from 1: 0 the background, 1 {first}, {last} {final}; where 0 is {first} and {last} is "
             f"unlabelled, write a first line 'labels: {_FROM_0}' and a last line 'void' into classes.txt"
         )
-    elif there - {IGNORED} == set(range(last)) or classes.unasked or classes.unnumbered:
+    elif len(there - {IGNORED}) >= _MOSTLY * last or classes.unasked or classes.unnumbered:
         raise DatasetError(
             f"the label files in {files[0].parent} hold {_ranges(sorted(there))} and never {last}, so that two "
             f"readings fit: 'labels: {_FROM_1}', where 0 is the background, 1 is {first} and {last}, {final}, does "

@@ -607,6 +607,7 @@ CAMVID = ("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence"
         ("__ignore__\nsky\nroad\ntree", [[0, 1]]),
         ("sky\nroad\nbackground", [[0, 1]]),
         ("sky\nroad", [[0, 1]]),
+        ("\n".join(("sky", *(f"thing {k}" for k in range(18)))), [[0, 1, 255, *range(3, 16), 17]]),
     ],
 )
 def test_labels_that_may_count_from_0_or_from_1_are_refused_with_both_readings(classes, raws, tmp_path):
