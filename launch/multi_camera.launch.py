@@ -12,9 +12,8 @@ each (0.80 GB resident, of which 0.17 GB are libraries that all of them share). 
 import re
 
 from ament_index_python.packages import get_package_share_directory
+from launch import LaunchContext, LaunchDescription  # type: ignore[attr-defined] # to mypy `launch` is this folder
 from launch.actions import DeclareLaunchArgument, GroupAction, IncludeLaunchDescription, OpaqueFunction
-from launch.launch_context import LaunchContext  # not from `launch`: to mypy that is this folder
-from launch.launch_description import LaunchDescription
 from launch.launch_description_sources import PythonLaunchDescriptionSource
 from launch.substitutions import LaunchConfiguration
 

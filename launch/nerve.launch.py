@@ -12,11 +12,10 @@ import re
 from pathlib import Path
 
 from ament_index_python.packages import PackageNotFoundError, get_package_prefix, get_package_share_directory
+from launch import LaunchContext, LaunchDescription  # type: ignore[attr-defined] # to mypy `launch` is this folder
 from launch.actions import DeclareLaunchArgument, EmitEvent, OpaqueFunction, SetEnvironmentVariable
 from launch.events import matches_action
 from launch.events.process import ProcessExited, ShutdownProcess
-from launch.launch_context import LaunchContext  # not from `launch`: to mypy that is this folder
-from launch.launch_description import LaunchDescription
 from launch.substitutions import LaunchConfiguration, PathJoinSubstitution
 from launch_ros.actions import Node
 from launch_ros.substitutions import FindPackageShare
