@@ -45,6 +45,8 @@ _MAX_CHUNKS = 50_000
 
 _JPEG = b"\xff\xd8\xff"
 _PNG = b"\x89PNG\r\n\x1a\n"
+_PNG_GREY = frozenset({0, 4})
+"""Colour types of a PNG without colours; 4 has alpha too."""
 _FRAME_HEADERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 """JPEG markers that the size follows."""
 
@@ -112,6 +114,14 @@ def _planar_yuv(code: int) -> _Encoding:
     return _Encoding(1, convert, even_width=True, even_height=True, rows_per_height=1.5)
 
 
+_BAYER = {
+    "bayer_rggb": cv2.COLOR_BayerBG2RGB,
+    "bayer_bggr": cv2.COLOR_BayerRG2RGB,
+    "bayer_gbrg": cv2.COLOR_BayerGR2RGB,
+    "bayer_grbg": cv2.COLOR_BayerGB2RGB,
+}
+"""OpenCV names a Bayer pattern by its second row's second and third pixels, so that rggb is its BG."""
+
 _ENCODINGS: dict[str, _Encoding] = {
     "rgb8": _Encoding(3, lambda rows, big_endian: _packed(rows, 3)),
     "bgr8": _by(cv2.COLOR_BGR2RGB, 3),
@@ -121,16 +131,16 @@ _ENCODINGS: dict[str, _Encoding] = {
     "mono16": _Encoding(2, _mono16),
     "8UC1": _by(cv2.COLOR_GRAY2RGB),
     "8UC3": _by(cv2.COLOR_BGR2RGB, 3),
-    # OpenCV names a Bayer pattern by its second row's second and third pixels, so that rggb is its BG.
-    "bayer_rggb8": _by(cv2.COLOR_BayerBG2RGB),
-    "bayer_bggr8": _by(cv2.COLOR_BayerRG2RGB),
-    "bayer_gbrg8": _by(cv2.COLOR_BayerGR2RGB),
-    "bayer_grbg8": _by(cv2.COLOR_BayerGB2RGB),
+    **{f"{pattern}8": _by(code) for pattern, code in _BAYER.items()},
     "yuv422": _packed_yuv(cv2.COLOR_YUV2RGB_UYVY),
     "yuv422_yuy2": _packed_yuv(cv2.COLOR_YUV2RGB_YUY2),
     "nv12": _planar_yuv(cv2.COLOR_YUV2RGB_NV12),
     "nv21": _planar_yuv(cv2.COLOR_YUV2RGB_NV21),
 }
+
+_GREY = ("mono8", "mono16", "8UC1")
+_COLOURS = ("rgb8", "bgr8", "rgba8", "bgra8", "8UC3")
+"""Encodings whose image, compressed in one channel, is simply grey."""
 
 ACCEPTED_ENCODINGS: tuple[str, ...] = tuple(_ENCODINGS)
 """Encodings of sensor_msgs/Image that are read: 8UC1 as grey, 8UC3 as BGR, mono16 linearly (65535 is white)."""
@@ -143,12 +153,10 @@ def is_compressed(message: Message) -> bool:
 
 def check_image(message: Message) -> None:
     """Raise ImageError where `message` cannot hold the image it says it holds. Looks at no pixel."""
-    if len(message.header.frame_id) > MAX_FRAME_ID:
-        raise ImageError(
-            "header", f"the frame_id has {len(message.header.frame_id)} characters; accepted: at most {MAX_FRAME_ID}"
-        )
+    _check_frame_id(message)
     if is_compressed(message):
-        _check_compressed(message)
+        if _check_compressed(message) == 1:
+            _check_one_channel(message)
         return
     encoding = _ENCODINGS.get(message.encoding)
     if encoding is None:
@@ -156,6 +164,13 @@ def check_image(message: Message) -> None:
             "encoding", f"encoding {message.encoding[:40]!r} cannot be read; accepted: {', '.join(ACCEPTED_ENCODINGS)}"
         )
     _check_rows(message, encoding)
+
+
+def _check_frame_id(message: Message) -> None:
+    if len(message.header.frame_id) > MAX_FRAME_ID:
+        raise ImageError(
+            "header", f"the frame_id has {len(message.header.frame_id)} characters; accepted: at most {MAX_FRAME_ID}"
+        )
 
 
 def _check_rows(message: Message, encoding: _Encoding) -> None:
@@ -188,7 +203,8 @@ def _check_size(width: int, height: int) -> None:
         )
 
 
-def _check_compressed(message: Message) -> None:
+def _check_compressed(message: Message) -> int:
+    """The number of channels of the compressed data, without alpha. Raises ImageError where they cannot be read."""
     # By what the data are, never by what `format` says: only JPEG and PNG may reach OpenCV's many decoders.
     data, kind = message.data.tobytes(), message.format[:40]
     if not data:
@@ -199,20 +215,48 @@ def _check_compressed(message: Message) -> None:
             f"the compressed image (format {kind!r}) is one of depth, without colours; accepted: JPEG, PNG",
         )
     if data.startswith(_JPEG):
-        _check_jpeg(data)
+        channels = _check_jpeg(data)
     elif data.startswith(_PNG):
-        _check_png(data)
+        channels = _check_png(data)
     else:
         raise ImageError(
             "encoding",
             f"the compressed image (format {kind!r}) begins with the bytes {data[:8].hex(' ')}: it is neither JPEG nor "
             "PNG; accepted: JPEG, PNG",
         )
+    return channels
 
 
-def _check_png(data: bytes) -> None:
-    """Raise ImageError where the PNG is cut off, too large, or has a part that says it is larger than the whole."""
-    if len(data) < 24 or data[12:16] != b"IHDR":
+def _original_encoding(message: Message) -> str:
+    """The encoding of the image that was compressed, as compressed_image_transport writes it before the semicolon:
+    "bayer_rggb8" of "bayer_rggb8; jpeg compressed ". Empty where `format` names none."""
+    before, semicolon, _ = message.format.partition(";")
+    before = before.strip()
+    return before if semicolon or before in _ENCODINGS or before.startswith("bayer_") else ""
+
+
+def _bayer_pattern(encoding: str) -> str | None:
+    """The pattern, "bayer_rggb", of an encoding of 8 or 16 bits; None where it is of no known one."""
+    pattern = encoding.removesuffix("16").removesuffix("8")
+    return pattern if pattern in _BAYER and pattern != encoding else None
+
+
+def _check_one_channel(message: Message) -> None:
+    """Raise ImageError where compressed data of one channel are not grey and no mosaic that is known."""
+    encoding = _original_encoding(message)
+    if not encoding or encoding in _GREY or encoding in _COLOURS or _bayer_pattern(encoding):
+        return
+    accepted = ", ".join((*_GREY, *(f"{pattern}8, {pattern}16" for pattern in _BAYER)))
+    raise ImageError(
+        "encoding",
+        f"the compressed image has one channel of {encoding[:40]!r}, which cannot be read; accepted there: {accepted}",
+    )
+
+
+def _check_png(data: bytes) -> int:
+    """The number of the PNG's channels, without alpha. Raises ImageError where it is cut off, too large, or has
+    a part that says it is larger than the whole."""
+    if len(data) < 26 or data[12:16] != b"IHDR":
         raise ImageError("decode", "the PNG is damaged: it does not begin with its size")
     _check_size(*struct.unpack_from(">II", data, 16))
     place = len(_PNG)
@@ -221,14 +265,15 @@ def _check_png(data: bytes) -> None:
             raise ImageError("data", "the PNG is cut off: its end is missing")
         length, name = struct.unpack_from(">I4s", data, place)
         if name == b"IEND" and not length:
-            return
+            return 1 if data[25] in _PNG_GREY else 3
         # OpenCV makes a buffer of this size before it reads on: 200 bytes took 4 GB and five seconds.
         place += 12 + length
     raise ImageError("decode", f"the PNG is damaged: it has more than {_MAX_CHUNKS} parts")
 
 
-def _check_jpeg(data: bytes) -> None:
-    """Raise ImageError where the JPEG is cut off, too large, or of another kind than grey or colour."""
+def _check_jpeg(data: bytes) -> int:
+    """The number of the JPEG's channels. Raises ImageError where it is cut off, too large, or of another kind than grey
+    or colour."""
     place = 2
     for _ in range(_MAX_SEGMENTS):
         if len(data) < place + 10 or data[place] != 0xFF:
@@ -244,7 +289,7 @@ def _check_jpeg(data: bytes) -> None:
             # Decoders paint grey what is missing, and grey is segmented like anything else.
             if data.rfind(b"\xff\xd9") < place:
                 raise ImageError("data", "the JPEG is cut off: its end is missing")
-            return
+            return int(components)
         # Any number of 0xFF may stand before a marker.
         place += 1 if marker == 0xFF else 2 + struct.unpack_from(">H", data, place + 2)[0]
     raise ImageError("decode", "the JPEG is damaged: its size was not found")
@@ -287,7 +332,8 @@ def to_labels(message: Message) -> np.ndarray:
     Raises ImageError where it cannot be read, or is no image of one whole number a pixel.
     """
     if is_compressed(message):
-        check_image(message)
+        _check_frame_id(message)
+        _check_compressed(message)
         labels = cv2.imdecode(np.frombuffer(message.data, np.uint8), cv2.IMREAD_UNCHANGED)
         if labels is None:
             raise ImageError("decode", "the compressed labels are damaged: nothing came of them")
@@ -305,7 +351,9 @@ def to_labels(message: Message) -> np.ndarray:
 
 def _decode(message: Message) -> np.ndarray:
     # The pixels as stored: a camera's orientation tag would turn the mask away from camera_info.
-    flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+    pattern = _bayer_pattern(_original_encoding(message))
+    mosaic = pattern is not None and _check_compressed(message) == 1
+    flags = (cv2.IMREAD_GRAYSCALE if mosaic else cv2.IMREAD_COLOR) | cv2.IMREAD_IGNORE_ORIENTATION
     try:
         image = cv2.imdecode(np.frombuffer(message.data, np.uint8), flags)
     except cv2.error as error:
@@ -314,4 +362,6 @@ def _decode(message: Message) -> np.ndarray:
         raise ImageError(
             "decode", f"the compressed image (format {message.format[:40]!r}) is damaged: nothing came of it"
         )
+    if pattern is not None and mosaic:
+        return cv2.cvtColor(image, _BAYER[pattern])
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)

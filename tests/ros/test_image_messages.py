@@ -307,6 +307,42 @@ def test_the_data_tell_the_format_whatever_the_message_says(format):
         assert np.abs(out.astype(int) - image).max() <= error
 
 
+def mosaic(pattern, image, ending="jpg"):
+    """The mosaic of an image as a file of one channel, as compressed_image_transport writes it."""
+    return encoded(ending, pictures.encode(image, f"bayer_{pattern}8"))
+
+
+@pytest.mark.parametrize("read", [to_rgb, encodings.to_rgb], ids=["node", "replay"])
+@pytest.mark.parametrize("pattern", ["rggb", "bggr", "gbrg", "grbg"])
+def test_a_compressed_mosaic_is_turned_into_colours_by_its_encoding(pattern, read):
+    image = cv2.GaussianBlur(pictures.scene(64, 48), (0, 0), 2)
+    raw = read(message(image, f"bayer_{pattern}8"))
+    for kept in (f"bayer_{pattern}8; png compressed ", f"bayer_{pattern}8", f" bayer_{pattern}16 ; png compressed"):
+        np.testing.assert_array_equal(read(compressed(mosaic(pattern, image, "png"), kept)), raw)
+    out = read(compressed(mosaic(pattern, image), f"bayer_{pattern}8; jpeg compressed "))
+    assert np.abs(out.astype(int) - image)[4:-4, 4:-4].mean() < 8.0
+
+
+def test_a_mosaic_that_was_turned_into_colours_before_it_was_compressed_is_left_alone():
+    image = pictures.scene(64, 48)
+    made = compressed(encoded("png", image[..., ::-1]), "bayer_rggb8; png compressed bgr8")
+    np.testing.assert_array_equal(to_rgb(made), image)
+
+
+@pytest.mark.parametrize("encoding", ["bayer_rgbw8", "bayer_", "bayer_rggb", "bayer_rggb12", "nv12", "16UC1", "%s\x1b"])
+def test_one_channel_of_something_unknown_is_not_taken_for_grey(encoding, no_decoder):
+    for ending in ("jpg", "png"):
+        made = compressed(mosaic("rggb", pictures.scene(64, 48), ending), f"{encoding}; {ending} compressed ")
+        assert_refused(made, "encoding", "has one channel of .*accepted there: mono8.*bayer_rggb8")
+
+
+@pytest.mark.parametrize("encoding", ["mono8", "mono16", "8UC1", "rgb8", ""])
+def test_one_channel_of_grey_stays_grey(encoding):
+    image = pictures.scene(64, 48)[..., 1]
+    out = to_rgb(compressed(encoded("png", image), f"{encoding}; png compressed "))
+    np.testing.assert_array_equal(out, np.repeat(image[..., None], 3, -1))
+
+
 def test_compressed_depth_is_refused(no_decoder):
     data = bytes(12) + encoded("png", np.zeros((4, 4), np.uint16))
     assert_refused(compressed(data, "16UC1; compressedDepth png"), "encoding", "one of depth, without colours")
