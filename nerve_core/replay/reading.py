@@ -14,7 +14,7 @@ import yaml
 from rosbags import rosbag1, rosbag2
 
 from .messages import IMAGE_TYPES, typestore
-from .salvage import SUFFIXES, Stored, salvage, storage_files
+from .salvage import SUFFIXES, Stored, salvage, salvage_in_order, storage_files
 
 
 class BagError(ValueError):
@@ -95,9 +95,10 @@ class Bag:
             if not (self.path / name).exists():
                 self._note(f"{name} is missing: metadata.yaml names it")
         counted, self.start = Counter[tuple[str, str]](), 0
-        for stored in self._salvaged():
-            counted[stored.topic, stored.kind] += 1
-            self.start = min(self.start or stored.time, stored.time)
+        for file in self._files:
+            for stored in salvage(file, self._scratch, self._note):
+                counted[stored.topic, stored.kind] += 1
+                self.start = min(self.start or stored.time, stored.time)
         if not counted:
             raise BagError(f"{self.path} holds no message that could be read: {'; '.join(self.notes)}") from error
         return counted
@@ -134,18 +135,14 @@ class Bag:
             self._files = self._files or storage_files(self.path)
             if not hasattr(self, "_scratch"):
                 self._scratch = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
-        for stored in self._salvaged():
+        for stored in salvage_in_order(self._files, topics, self._scratch, self._note):
             inside = (start is None or start <= stored.time) and (stop is None or stored.time < stop)
-            if stored.topic not in topics or not inside or stored.time < last:
+            if not inside or stored.time < last:
                 continue
             if stored.time == last and at_last[stored.topic, stored.kind]:
                 at_last[stored.topic, stored.kind] -= 1
                 continue
             yield stored
-
-    def _salvaged(self) -> Iterator[Stored]:
-        for file in self._files:
-            yield from salvage(file, self._scratch, self._note)
 
     def deserialize(self, stored: Stored) -> Any:
         """The message of `stored`, with the fields that ROS gives it. Raises MessageError."""

@@ -196,6 +196,30 @@ def test_a_bag_without_metadata_is_read_from_its_files(tmp_path, plugin, compres
     assert any("cannot be opened as a whole" in note for note in notes)
 
 
+@pytest.mark.parametrize("plugin", [StoragePlugin.MCAP, StoragePlugin.SQLITE3])
+@pytest.mark.parametrize("compression", [CompressionMode.NONE, CompressionMode.MESSAGE, CompressionMode.FILE])
+def test_what_is_salvaged_comes_in_the_order_of_time_whatever_the_order_of_the_file(tmp_path, plugin, compression):
+    """Several chunks, and rows of a recorder that wrote its topics one after the other."""
+    film = bags.film(COUNT, **SIZE)
+    shuffled = [film[number] for number in np.random.default_rng(3).permutation(COUNT)]
+    bag = bags.write(tmp_path / "bag", shuffled, plugin=plugin, compression=compression)
+    (bag / "metadata.yaml").unlink()
+    if plugin == StoragePlugin.MCAP and compression == CompressionMode.NONE:
+        bags.without_summary(bags.storage(bag))
+    frames, lost, _ = read(bag)
+    assert numbers(frames) == list(range(COUNT))
+    assert_are_the_pictures(frames, **SIZE)
+    assert lost == [{}]
+
+
+def test_what_is_salvaged_of_several_files_comes_in_the_order_of_time(tmp_path):
+    film = bags.film(8)
+    bag, other = bags.write(tmp_path / "bag", film[::2]), bags.write(tmp_path / "other", film[1::2])
+    bags.storage(other).rename(bag / "bag_1.mcap")
+    (bag / "metadata.yaml").unlink()
+    assert numbers(read(bag)[0]) == list(range(8))
+
+
 def test_a_sqlite_file_that_is_cut_off_gives_its_beginning(tmp_path):
     bag = bags.write(tmp_path / "bag", bags.film(COUNT, **SIZE), plugin=StoragePlugin.SQLITE3)
     whole = bags.storage(bag).read_bytes()
