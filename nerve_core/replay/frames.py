@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import numpy as np
 from ..evaluation.metric import IGNORED
 from ..images.encodings import ImageError, check_image, is_compressed, to_labels, to_rgb
 from ..text.vocabulary import BACKGROUND, Vocabulary
+from .clock import CameraClock
 from .messages import IMAGE_TYPES, LABEL_INFO, STRING, VOCABULARY
 from .reading import Bag, BagError, MessageError, Topic
 from .salvage import Stored
@@ -30,22 +31,19 @@ class Frame:
     """One image of a bag.
 
     camera: which topic, by its place among those asked for. time: the log time in nanoseconds. stamp: of its header, in
-    nanoseconds; frame_id: too. image: uint8 [height, width, 3], RGB. encoding: how it came. truth: labels of the
-    vocabulary, uint8 [height, width], 255 where they are ignored; None without.
+    nanoseconds; frame_id: too. moment: when it was taken, in nanoseconds of its camera's one clock (CameraClock).
+    image: uint8 [height, width, 3], RGB. encoding: how it came. truth: labels of the vocabulary, uint8 [height, width],
+    255 where they are ignored; None without.
     """
 
     camera: int
     time: int
     stamp: int
+    moment: int
     frame_id: str
     image: np.ndarray
     encoding: str
     truth: np.ndarray | None = None
-
-    @property
-    def moment(self) -> int:
-        """When it was taken, in nanoseconds: its stamp, or its log time where the camera gave none."""
-        return self.stamp or self.time
 
 
 @dataclass
@@ -168,6 +166,9 @@ class Truth:
 
     def at(self, frame_stamp: int, time: int, size: tuple[int, int]) -> np.ndarray | None:
         """The labels of the image with this stamp and log time, rows and columns; None where the bag has none."""
+        if not frame_stamp:
+            self.losses.add("labels: the image has no stamp, by which they are found")
+            return None
         while frame_stamp not in self._waiting and self._reached <= time + LABELS_WAIT:
             stored = next(self._messages, None)
             if stored is None:
@@ -266,18 +267,26 @@ def read_messages(bag: Bag, selection: Selection, losses: Sequence[Losses]) -> I
             return
 
 
-def read_frames(bag: Bag, selection: Selection, losses: Sequence[Losses], truth: Truth | None) -> Iterator[Frame]:
+def read_frames(
+    bag: Bag, selection: Selection, losses: Sequence[Losses], truth: Truth | None
+) -> Generator[Frame, None, None]:
     """The images of `bag` that `selection` takes, in the order of time, decoded. What cannot be read is counted in
-    `losses`, by camera."""
-    for camera, stored, message in read_messages(bag, selection, losses):
-        try:
-            image, stamp = to_rgb(message), stamp_of(message)
-        except ImageError as error:
-            losses[camera].add(str(error))
-            continue
-        encoding = "compressed" if is_compressed(message) else message.encoding
-        labels = None if truth is None else truth.at(stamp, stored.time, image.shape[:2])
-        yield Frame(camera, stored.time, stamp, message.header.frame_id, image, encoding, labels)
+    `losses`, by camera; what is odd about a camera's times stands in the bag's notes at the end."""
+    clocks = [CameraClock() for _ in selection.topics]
+    try:
+        for camera, stored, message in read_messages(bag, selection, losses):
+            try:
+                image, stamp = to_rgb(message), stamp_of(message)
+            except ImageError as error:
+                losses[camera].add(str(error))
+                continue
+            moment = clocks[camera].moment(stamp, stored.time)
+            encoding = "compressed" if is_compressed(message) else message.encoding
+            labels = None if truth is None else truth.at(stamp, stored.time, image.shape[:2])
+            yield Frame(camera, stored.time, stamp, moment, message.header.frame_id, image, encoding, labels)
+    finally:
+        for topic, clock in zip(selection.topics, clocks, strict=True):
+            bag.notes.update(dict.fromkeys(clock.notes(topic)))
 
 
 def stamp_of(message: Any) -> int:

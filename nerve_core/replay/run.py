@@ -157,7 +157,8 @@ def replay(
         if written is not None:
             behind.append(Behind(written.take))
         started = time.perf_counter()
-        frames = Ahead(read_frames(source, selection, losses, truth))
+        images = read_frames(source, selection, losses, truth)
+        frames = Ahead(images)
         try:
             try:
                 for frame in frames:
@@ -174,6 +175,7 @@ def replay(
                 interrupted = True
             finally:
                 frames.close()
+                images.close()
                 _close_all([each.close for each in behind])
         finally:
             if written is not None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 from urllib.parse import quote
 
 if TYPE_CHECKING:
@@ -39,6 +39,20 @@ class Stored:
     kind: str
     time: int
     data: bytes
+
+
+class _Source(Protocol):
+    """An opened storage file; a context manager."""
+
+    def __enter__(self) -> _Source: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def groups(self) -> Iterator[tuple[int, list[Stored]]]:
+        """The messages in groups that lie together, and the place of each group; up to the damage."""
+
+    def at(self, place: int) -> list[Stored]:
+        """The group at this place again."""
 
 
 def storage_files(bag: Path) -> list[Path]:
@@ -99,10 +113,10 @@ def _whole(stored: Stored, file: Path, problem: Problem) -> Stored | None:
         return None
 
 
-def _opened(file: Path, scratch: Path, problem: Problem) -> _Mcap | _Sqlite:
+def _opened(file: Path, scratch: Path, problem: Problem) -> _Source:
     if file.suffix == _COMPRESSED:
         file = _unpacked(file, scratch, problem)
-    return (_Mcap if file.suffix == ".mcap" else _Sqlite)(file, problem)
+    return _Mcap(file, problem) if file.suffix == ".mcap" else _Sqlite(file, problem)
 
 
 def _unpacked(file: Path, scratch: Path, problem: Problem) -> Path:

@@ -146,7 +146,7 @@ def test_a_rate_beyond_reason_is_refused():
 
 def frame(number: int) -> Frame:
     stamp = FIRST * 10**9 + number * 10**8
-    return Frame(0, stamp, stamp, "camera", np.zeros((2, 4, 3), np.uint8), "rgb8")
+    return Frame(0, stamp, stamp, stamp, "camera", np.zeros((2, 4, 3), np.uint8), "rgb8")
 
 
 def segmentation(labels) -> Segmentation:

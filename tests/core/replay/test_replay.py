@@ -373,7 +373,7 @@ def test_what_runs_behind_keeps_its_order_is_bounded_and_finishes():
 
 def frame_of(image: np.ndarray, seconds: float) -> Frame:
     moment = START + round(seconds * 1e9)
-    return Frame(0, moment, moment, "camera", image, "rgb8")
+    return Frame(0, moment, moment, moment, "camera", image, "rgb8")
 
 
 def segmentation(labels: np.ndarray, names: tuple[str, ...] = ("ball",)) -> Segmentation:

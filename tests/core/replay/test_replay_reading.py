@@ -138,6 +138,75 @@ def test_results_are_called_after_the_cameras_namespace():
     assert camera_names(["/a/image", "/a/image/compressed"]) == ("/a/image", "/a/image/compressed")
 
 
+# Times
+
+SIM = 12 * 10**9
+"""Where the stamps of a simulation begin, in nanoseconds."""
+LAST = (2**31 - 1) * 10**9
+"""The last second that a stamp can name."""
+
+
+def timed(tmp_path, times):
+    """The seconds of the frames since the first, of (log time, stamp) in nanoseconds each; and the notes."""
+    film = [(TOPIC, log, bags.raw(number, stamp)) for number, (log, stamp) in enumerate(times)]
+    frames, lost, notes = read(bags.write(tmp_path / "bag", film))
+    assert lost == [{}]
+    assert [frame.stamp for frame in frames] == [stamp for _, stamp in times]
+    return [round((frame.moment - frames[0].moment) * 1e-9, 6) for frame in frames], notes
+
+
+def log(number):
+    return START + number * STEP
+
+
+@pytest.mark.parametrize(
+    ("stamps", "words"),
+    [
+        ([0] * 6, "the first image of /camera/image_raw has no stamp"),
+        ([n * STEP for n in range(6)], "the first image of /camera/image_raw has no stamp"),
+        ([0 if n == 3 else SIM + n * STEP for n in range(6)], "1 of 6 images of /camera/image_raw have no stamp"),
+        ([SIM + n * STEP if n < 2 else 0 for n in range(6)], "4 of 6 images"),
+    ],
+    ids=["never", "simulation from zero", "once not", "no more"],
+)
+def test_the_times_of_a_camera_are_of_one_clock(tmp_path, stamps, words):
+    seconds, notes = timed(tmp_path, [(log(n), stamp) for n, stamp in enumerate(stamps)])
+    assert seconds == [0.0, 0.1, 0.2, 0.3, 0.4, 0.5]
+    (note,) = notes
+    assert words in note
+
+
+def test_stamps_are_the_times_wherever_there_are_any(tmp_path):
+    seconds, notes = timed(tmp_path, [(log(n) + n % 2 * 10**7, SIM + n * STEP) for n in range(5)])
+    assert (seconds, notes) == ([0.0, 0.1, 0.2, 0.3, 0.4], [])
+    overtaken = [(TOPIC, log(number), bags.raw(number, SIM + later)) for number, later in ((0, 9), (1, 5))]
+    frames, _, _ = read(bags.write(tmp_path / "overtaken", overtaken))
+    assert [frame.moment - SIM for frame in frames] == [9, 5]
+
+
+@pytest.mark.parametrize(
+    ("times", "seconds", "words"),
+    [
+        (
+            [(0, 0), (0, 0), *((log(n), log(n)) for n in range(2, 4))],
+            [0.0, 0.0, 0.0, 0.1],
+            "jumps once by +1700000000 s before image 3",
+        ),
+        (
+            [(log(n), SIM + n % 3 * STEP * 20) for n in range(8)],
+            [0.0, 2.0, 4.0, 4.0, 6.0, 8.0, 8.0, 10.0],
+            "jumps 2 times, first by -4 s before image 4",
+        ),
+        ([(log(0), log(0)), (log(1), LAST), (log(2), LAST + STEP)], [0.0, 0.0, 0.1], "jumps once by +447483647 s"),
+    ],
+    ids=["no time yet", "played in a loop", "an unset clock"],
+)
+def test_a_clock_that_jumps_is_noted_and_leaves_the_times_readable(tmp_path, times, seconds, words):
+    found, notes = timed(tmp_path, times)
+    assert found == seconds
+    assert any(words in note for note in notes)
+
+
 # Damage
 
 
@@ -336,7 +405,11 @@ def test_labels_that_are_missing_or_of_another_size_are_no_truth(tmp_path):
     assert truth.at(START, START, (48, 64)) is not None
     assert truth.at(START + STEP, START + STEP, (48, 64)) is None
     assert truth.at(START + STEP // 2, START + STEP, (48, 64)) is None
-    assert dict(truth.losses.reasons) == {"labels are 32 x 24, the image is 64 x 48": 1}
+    assert truth.at(0, START + STEP, (48, 64)) is None
+    assert dict(truth.losses.reasons) == {
+        "labels are 32 x 24, the image is 64 x 48": 1,
+        "labels: the image has no stamp, by which they are found": 1,
+    }
     truth.close()
 
 
