@@ -15,13 +15,14 @@ from sensor_msgs.msg import CompressedImage, Image
 from std_msgs.msg import Header
 
 from nerve_core.images import encodings
-from nerve_core.images.encodings import ACCEPTED_ENCODINGS, MAX_FRAME_ID, MAX_SIDE, ImageError, check_image
+from nerve_core.images.encodings import ACCEPTED_ENCODINGS, MAX_FRAME_ID, MAX_SIDE, ImageError, ValueRange, check_image
 
 __all__ = [
     "ACCEPTED_ENCODINGS",
     "MAX_FRAME_ID",
     "MAX_SIDE",
     "ImageError",
+    "ValueRange",
     "check_image",
     "mono8_message",
     "rgb8_message",
@@ -34,9 +35,9 @@ _BRIDGED |= dict.fromkeys(("bayer_rggb8", "bayer_bggr8", "bayer_gbrg8"), 1)
 """Encodings that every cv_bridge knows, and their bytes a pixel."""
 
 
-def to_rgb(message: Image | CompressedImage) -> np.ndarray:
+def to_rgb(message: Image | CompressedImage, value_range: ValueRange | None = None) -> np.ndarray:
     """Read an image message: uint8 [height, width, 3] RGB; raises ImageError as `check_image` does, and for data that
-    cannot be decoded."""
+    cannot be decoded. value_range: of the camera, for images of 16 bits; where None, 65535 is white."""
     if isinstance(message, Image) and not message.is_bigendian and message.encoding in _BRIDGED:
         row = message.width * _BRIDGED[message.encoding]
         if message.step == row and len(message.data) == message.height * row:
@@ -45,7 +46,7 @@ def to_rgb(message: Image | CompressedImage) -> np.ndarray:
                 return _BRIDGE.imgmsg_to_cv2(message, "rgb8")
             except (CvBridgeError, cv2.error) as error:
                 raise ImageError("decode", f"{message.encoding} could not be converted: {error!r}") from error
-    return encodings.to_rgb(message)
+    return encodings.to_rgb(message, value_range)
 
 
 def mono8_message(header: Header, plane: np.ndarray) -> Image:

@@ -25,7 +25,7 @@ from rosgraph_msgs.msg import Clock
 from sensor_msgs.msg import CompressedImage, Image
 from std_msgs.msg import Header
 
-from nerve_core.images.encodings import ImageError, to_rgb
+from nerve_core.images.encodings import ImageError, ValueRange, to_rgb
 from nerve_core.replay.frames import Frame, Losses, Selection, key, read_messages, stamp_of
 from nerve_core.replay.messages import COMPRESSED_IMAGE, IMAGE
 from nerve_core.replay.reading import Bag
@@ -182,6 +182,7 @@ class LivePlayer(Player):
     def offer(self, transport: str) -> None:
         """Publish what the node's parameter image_transport says it reads."""
         self._compressed = transport == "compressed"
+        self._value_range = ValueRange()
         if self._compressed:
             self._node.destroy_publisher(self._image)
             self._image = self._node.create_publisher(CompressedImage, "image/compressed", CAMERA)
@@ -249,7 +250,7 @@ class LivePlayer(Player):
                 "the node reads compressed images, and the bag has raw ones; start it with image_transport raw"
             )
         try:
-            return rgb8_message(header, to_rgb(message))
+            return rgb8_message(header, to_rgb(message, self._value_range))
         except ImageError:
             return None
 

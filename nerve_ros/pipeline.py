@@ -21,7 +21,7 @@ from sensor_msgs.msg import CompressedImage, Image
 from nerve_core import Vocabulary
 from nerve_ros.depth import Match
 from nerve_ros.health import Health
-from nerve_ros.images import ImageError, to_rgb
+from nerve_ros.images import ImageError, ValueRange, to_rgb
 from nerve_ros.labels import Labels
 from nerve_ros.outputs import Outputs
 from nerve_ros.parameters import NodeConfig
@@ -126,6 +126,7 @@ class Pipeline:
         self._unseen = ""
         self._out_of_memory_in_a_row = 0
         self._labels_pending = True
+        self._value_range = ValueRange()
 
     @property
     def segmenter(self) -> Segmenter | None:
@@ -178,6 +179,7 @@ class Pipeline:
         if self._model is not None:
             self._model.segmenter.close()
         self._model = self._applied = None
+        self._value_range = ValueRange()
 
     def forget(self, reason: str) -> None:
         """Forget the image that was seen last; `reason` is why none can be searched until another comes."""
@@ -252,13 +254,15 @@ class Pipeline:
             self.publish_labels(snapshot)
         started = time.perf_counter()
         try:
-            image = to_rgb(frame.message)
+            image = to_rgb(frame.message, self._value_range)
         except ImageError as error:
             self.forget(f"the newest image cannot be read: {error}")
             self._health.rejected(error.kind, str(error))
             self._log.error(f"image dropped: {error}", throttle_duration_sec=THROTTLE)
             return
         converted = time.perf_counter()
+        if news := self._value_range.news():
+            self._log.warning(news)
         seen = Seen(frame, image, snapshot)
         if not config.enabled:
             self._health.dropped()

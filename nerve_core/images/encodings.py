@@ -12,6 +12,7 @@ Messages are not trusted: no buffer is made and no decoder sees a byte before th
 
 from __future__ import annotations
 
+import dataclasses
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -68,7 +69,7 @@ class _Encoding:
 
     `convert` takes the rows, uint8 [rows, width * bytes_per_pixel], not always contiguous, and whether numbers of
     several bytes begin with the highest; it returns uint8 [height, width, 3] RGB. There are `rows_per_height` rows of
-    data for each row of pixels.
+    data for each row of pixels. Of numbers of 16 bits (`wide`) `convert` takes the rows after they were narrowed to 8.
     """
 
     bytes_per_pixel: int
@@ -76,6 +77,7 @@ class _Encoding:
     even_width: bool = False
     even_height: bool = False
     rows_per_height: float = 1.0
+    wide: bool = False
 
     def rows(self, height: int) -> int:
         return int(height * self.rows_per_height)
@@ -95,14 +97,24 @@ def _numbers(rows: np.ndarray, big_endian: bool) -> np.ndarray:
     return np.ascontiguousarray(rows).view(stored).astype(np.uint16)
 
 
-def _mono16(rows: np.ndarray, big_endian: bool) -> np.ndarray:
-    values = _numbers(rows, big_endian).astype(np.uint32)
-    grey = ((values * 255 + 32767) // 65535).astype(np.uint8)
-    return cv2.cvtColor(grey, cv2.COLOR_GRAY2RGB)
+def _nv24(rows: np.ndarray, big_endian: bool) -> np.ndarray:
+    height = len(rows) // 3
+    luma, chroma = rows[:height], np.ascontiguousarray(rows[height:]).reshape(height, -1, 2)
+    # OpenCV has no code for it: each pixel twice, so that two share what one has, and every other one left out.
+    pairs = np.empty((height, luma.shape[1], 4), np.uint8)
+    pairs[..., 0] = pairs[..., 2] = luma
+    pairs[..., 1::2] = chroma
+    twice = cv2.cvtColor(pairs.reshape(height, -1, 2), cv2.COLOR_YUV2RGB_YUY2)
+    return np.ascontiguousarray(twice[:, ::2])
 
 
 def _by(code: int, channels: int = 1) -> _Encoding:
     return _Encoding(channels, partial(_through_opencv, code=code, channels=channels))
+
+
+def _wide(narrow: _Encoding) -> _Encoding:
+    """The encoding of 16 bits that becomes `narrow` once each number is narrowed to 8."""
+    return dataclasses.replace(narrow, bytes_per_pixel=2 * narrow.bytes_per_pixel, wide=True)
 
 
 def _packed_yuv(code: int) -> _Encoding:
@@ -122,28 +134,76 @@ _BAYER = {
 }
 """OpenCV names a Bayer pattern by its second row's second and third pixels, so that rggb is its BG."""
 
-_ENCODINGS: dict[str, _Encoding] = {
+_EIGHT_BITS: dict[str, _Encoding] = {
     "rgb8": _Encoding(3, lambda rows, big_endian: _packed(rows, 3)),
     "bgr8": _by(cv2.COLOR_BGR2RGB, 3),
     "rgba8": _by(cv2.COLOR_RGBA2RGB, 4),
     "bgra8": _by(cv2.COLOR_BGRA2RGB, 4),
     "mono8": _by(cv2.COLOR_GRAY2RGB),
-    "mono16": _Encoding(2, _mono16),
     "8UC1": _by(cv2.COLOR_GRAY2RGB),
     "8UC3": _by(cv2.COLOR_BGR2RGB, 3),
+    "8UC4": _by(cv2.COLOR_BGRA2RGB, 4),
     **{f"{pattern}8": _by(code) for pattern, code in _BAYER.items()},
     "yuv422": _packed_yuv(cv2.COLOR_YUV2RGB_UYVY),
     "yuv422_yuy2": _packed_yuv(cv2.COLOR_YUV2RGB_YUY2),
+    # The names that image_encodings.hpp has for the two since Iron.
+    "uyvy": _packed_yuv(cv2.COLOR_YUV2RGB_UYVY),
+    "yuyv": _packed_yuv(cv2.COLOR_YUV2RGB_YUY2),
     "nv12": _planar_yuv(cv2.COLOR_YUV2RGB_NV12),
     "nv21": _planar_yuv(cv2.COLOR_YUV2RGB_NV21),
+    "nv24": _Encoding(1, _nv24, rows_per_height=3.0),
+}
+
+_ENCODINGS: dict[str, _Encoding] = {
+    **_EIGHT_BITS,
+    **{f"{name}16": _wide(_EIGHT_BITS[f"{name}8"]) for name in ("mono", "rgb", "bgr", "rgba", "bgra", *_BAYER)},
 }
 
 _GREY = ("mono8", "mono16", "8UC1")
-_COLOURS = ("rgb8", "bgr8", "rgba8", "bgra8", "8UC3")
+_COLOURS = ("rgb8", "bgr8", "rgba8", "bgra8", "8UC3", "8UC4", "rgb16", "bgr16", "rgba16", "bgra16")
 """Encodings whose image, compressed in one channel, is simply grey."""
 
 ACCEPTED_ENCODINGS: tuple[str, ...] = tuple(_ENCODINGS)
-"""Encodings of sensor_msgs/Image that are read: 8UC1 as grey, 8UC3 as BGR, mono16 linearly (65535 is white)."""
+"""Encodings of sensor_msgs/Image that are read: 8UC1 as grey, 8UC3 as BGR, 8UC4 as BGRA, those of 16 bits
+linearly (ValueRange says which number is white)."""
+
+
+class ValueRange:
+    """Which number is white in one camera's images of 16 bits, of which many cameras use 10 or 12.
+
+    The largest of the fewest bits, of BITS, that hold every value so far: it may grow and never shrinks, so that
+    brightness does not jump to and fro.
+    """
+
+    BITS = (8, 10, 12, 14, 16)
+
+    def __init__(self) -> None:
+        self.bits = 0
+        """Of the values so far; 0 before any image of 16 bits."""
+        self.largest = 0
+        self._said = 16
+
+    def white(self, values: np.ndarray) -> int:
+        """The number that is white in `values`, uint16 of any shape, and from here on."""
+        self.largest = max(self.largest, int(values.max(initial=0)))
+        self.bits = next(bits for bits in self.BITS if self.largest < 2**bits)
+        return 2**self.bits - 1
+
+    def news(self) -> str:
+        """A sentence where `bits` are other than this said last, at first other than 16; else nothing."""
+        if self.bits in (0, self._said):
+            return ""
+        self._said = self.bits
+        return (
+            f"no value above {self.largest} in images of 16 bits so far: {2**self.bits - 1} ({self.bits} bits) is "
+            "taken as white"
+        )
+
+
+def _narrowed(values: np.ndarray, value_range: ValueRange | None) -> np.ndarray:
+    """`values`, uint16 of any shape, as uint8 of that shape, rounded; white is what `value_range` says, or 65535."""
+    white = 65535 if value_range is None else value_range.white(values)
+    return cv2.convertScaleAbs(values, alpha=255 / white).reshape(values.shape)
 
 
 def is_compressed(message: Message) -> bool:
@@ -221,10 +281,18 @@ def _check_compressed(message: Message) -> int:
     else:
         raise ImageError(
             "encoding",
-            f"the compressed image (format {kind!r}) begins with the bytes {data[:8].hex(' ')}: it is neither JPEG nor "
-            "PNG; accepted: JPEG, PNG",
+            f"the compressed image (format {kind!r}) begins with the bytes {data[:8].hex(' ')}: it is {_format(data)}"
+            "neither JPEG nor PNG; accepted: JPEG, PNG; have the camera publish one of them (of "
+            "compressed_image_transport that is the parameter format)",
         )
     return channels
+
+
+def _format(data: bytes) -> str:
+    """The name of a format that cameras use and that is not decoded, and ", "; or nothing."""
+    if data[:4] in (b"II*\0", b"MM\0*"):
+        return "TIFF, "
+    return "WebP, " if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else ""
 
 
 def _original_encoding(message: Message) -> str:
@@ -295,17 +363,21 @@ def _check_jpeg(data: bytes) -> int:
     raise ImageError("decode", "the JPEG is damaged: its size was not found")
 
 
-def to_rgb(message: Message) -> np.ndarray:
+def to_rgb(message: Message, value_range: ValueRange | None = None) -> np.ndarray:
     """The image of `message` as uint8 [height, width, 3], RGB.
 
+    value_range: of the camera, for images of 16 bits; where None, 65535 is white.
     May be a view of the message's data: not to be written to. Raises ImageError where it cannot be read.
     """
     check_image(message)
     if is_compressed(message):
-        return _decode(message)
+        return _decode(message, value_range)
     encoding = _ENCODINGS[message.encoding]
     try:
-        image = encoding.convert(_rows(message, encoding), bool(message.is_bigendian))
+        rows, big_endian = _rows(message, encoding), bool(message.is_bigendian)
+        if encoding.wide:
+            rows = _narrowed(_numbers(rows, big_endian), value_range)
+        image = encoding.convert(rows, big_endian)
     except (cv2.error, TypeError, ValueError, KeyError) as error:
         raise ImageError("decode", f"{message.encoding} could not be converted: {error!r}") from error
     return image
@@ -314,6 +386,14 @@ def to_rgb(message: Message) -> np.ndarray:
 def _rows(message: Message, encoding: _Encoding) -> np.ndarray:
     rows, row_bytes = encoding.rows(message.height), message.width * encoding.bytes_per_pixel
     data = np.frombuffer(message.data, np.uint8)
+    if message.encoding == "nv24" and message.step > row_bytes:
+        # A row of chroma is two of luma long, its padding too.
+        height, step = message.height, message.step
+        luma = np.lib.stride_tricks.as_strided(data, (height, row_bytes), (step, 1), writeable=False)
+        chroma = np.lib.stride_tricks.as_strided(
+            data[height * step :], (height, 2 * row_bytes), (2 * step, 1), writeable=False
+        )
+        return np.concatenate([luma, chroma.reshape(-1, row_bytes)])
     return np.lib.stride_tricks.as_strided(data, (rows, row_bytes), (message.step, 1), writeable=False)
 
 
@@ -349,11 +429,11 @@ def to_labels(message: Message) -> np.ndarray:
     return encoding.convert(_rows(message, encoding), bool(message.is_bigendian))
 
 
-def _decode(message: Message) -> np.ndarray:
-    # The pixels as stored: a camera's orientation tag would turn the mask away from camera_info.
+def _decode(message: Message, value_range: ValueRange | None) -> np.ndarray:
     pattern = _bayer_pattern(_original_encoding(message))
     mosaic = pattern is not None and _check_compressed(message) == 1
-    flags = (cv2.IMREAD_GRAYSCALE if mosaic else cv2.IMREAD_COLOR) | cv2.IMREAD_IGNORE_ORIENTATION
+    # The pixels as stored: a camera's orientation tag would turn the mask away from camera_info.
+    flags = cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION | (0 if mosaic else cv2.IMREAD_COLOR)
     try:
         image = cv2.imdecode(np.frombuffer(message.data, np.uint8), flags)
     except cv2.error as error:
@@ -362,6 +442,8 @@ def _decode(message: Message) -> np.ndarray:
         raise ImageError(
             "decode", f"the compressed image (format {message.format[:40]!r}) is damaged: nothing came of it"
         )
+    if image.dtype == np.uint16:
+        image = _narrowed(image, value_range)
     if pattern is not None and mosaic:
         return cv2.cvtColor(image, _BAYER[pattern])
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)

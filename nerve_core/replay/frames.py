@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..evaluation.metric import IGNORED
-from ..images.encodings import ImageError, check_image, is_compressed, to_labels, to_rgb
+from ..images.encodings import ImageError, ValueRange, check_image, is_compressed, to_labels, to_rgb
 from ..text.vocabulary import BACKGROUND, Vocabulary
 from .clock import CameraClock
 from .messages import IMAGE_TYPES, LABEL_INFO, STRING, VOCABULARY
@@ -273,13 +273,16 @@ def read_frames(
     """The images of `bag` that `selection` takes, in the order of time, decoded. What cannot be read is counted in
     `losses`, by camera; what is odd about a camera's times stands in the bag's notes at the end."""
     clocks = [CameraClock() for _ in selection.topics]
+    ranges = [ValueRange() for _ in selection.topics]
     try:
         for camera, stored, message in read_messages(bag, selection, losses):
             try:
-                image, stamp = to_rgb(message), stamp_of(message)
+                image, stamp = to_rgb(message, ranges[camera]), stamp_of(message)
             except ImageError as error:
                 losses[camera].add(str(error))
                 continue
+            if news := ranges[camera].news():
+                bag.notes[f"{selection.topics[camera]}: {news}"] = None
             moment = clocks[camera].moment(stamp, stored.time)
             encoding = "compressed" if is_compressed(message) else message.encoding
             labels = None if truth is None else truth.at(stamp, stored.time, image.shape[:2])

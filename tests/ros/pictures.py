@@ -46,28 +46,31 @@ def encode(image: np.ndarray, encoding: str) -> np.ndarray:
     height, width = image.shape[:2]
     red, green, blue = (image[..., channel] for channel in range(3))
     full = np.full((height, width), 255, np.uint8)
+    if encoding.endswith("16"):
+        return (encode(image, f"{encoding[:-2]}8").astype("<u2") * 257).view(np.uint8)
     if encoding == "rgb8":
         planes = [red, green, blue]
     elif encoding in ("bgr8", "8UC3"):
         planes = [blue, green, red]
     elif encoding == "rgba8":
         planes = [red, green, blue, full]
-    elif encoding == "bgra8":
+    elif encoding in ("bgra8", "8UC4"):
         planes = [blue, green, red, full]
     elif encoding in ("mono8", "8UC1"):
         planes = [green]
-    elif encoding == "mono16":
-        return (green.astype("<u2") * 257).view(np.uint8)
     elif encoding.startswith("bayer_"):
         mosaic = np.empty((height, width), np.uint8)
         for place, colour in enumerate(encoding[len("bayer_") : len("bayer_") + 4]):
             row, column = divmod(place, 2)
             mosaic[row::2, column::2] = image[row::2, column::2, "rgb".index(colour)]
         return mosaic
-    elif encoding in ("yuv422", "yuv422_yuy2"):
+    elif encoding in ("yuv422", "yuv422_yuy2", "uyvy", "yuyv"):
         luma, u, v = np.moveaxis(np.rint(image @ BT601.T + (16, 128, 128)).astype(np.uint8), -1, 0)
         chroma = np.where(np.arange(width) % 2, np.roll(v, 1, axis=1), u)
-        return np.stack([chroma, luma] if encoding == "yuv422" else [luma, chroma], -1).reshape(height, -1)
+        return np.stack([chroma, luma] if encoding in ("yuv422", "uyvy") else [luma, chroma], -1).reshape(height, -1)
+    elif encoding == "nv24":
+        yuv = np.rint(image @ BT601.T + (16, 128, 128)).astype(np.uint8)
+        return np.concatenate([yuv[..., 0], yuv[..., 1:].reshape(2 * height, width)])
     elif encoding in ("nv12", "nv21"):
         yuv = cv2.cvtColor(image, cv2.COLOR_RGB2YUV_I420)
         u, v = yuv[height:].reshape(2, height // 2, width // 2)

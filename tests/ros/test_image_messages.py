@@ -20,6 +20,7 @@ from nerve_ros.images import (
     ACCEPTED_ENCODINGS,
     MAX_FRAME_ID,
     ImageError,
+    ValueRange,
     check_image,
     mono8_message,
     rgb8_message,
@@ -28,15 +29,16 @@ from nerve_ros.images import (
 
 COLOUR = (200, 120, 40)
 # The widest error of a colour through each encoding: chroma of yuv is rounded.
-EXACT = {"rgb8": 0, "bgr8": 0, "rgba8": 0, "bgra8": 0, "8UC3": 0} | {
-    f"bayer_{pattern}8": 0 for pattern in ("rggb", "bggr", "gbrg", "grbg")
+EXACT = {"rgb8": 0, "bgr8": 0, "rgba8": 0, "bgra8": 0, "8UC3": 0, "8UC4": 0} | {
+    f"bayer_{pattern}{bits}": 0 for pattern in ("rggb", "bggr", "gbrg", "grbg") for bits in (8, 16)
 }
-ROUNDED = {"yuv422": 4, "yuv422_yuy2": 4, "nv12": 4, "nv21": 4}
+EXACT |= dict.fromkeys(("rgb16", "bgr16", "rgba16", "bgra16"), 0)
+ROUNDED = dict.fromkeys(("yuv422", "yuv422_yuy2", "uyvy", "yuyv", "nv12", "nv21", "nv24"), 4)
 GREY = ("mono8", "8UC1", "mono16")
 # What no cv_bridge is asked for: the one on PyPI does not know some, and each scales mono16 in a way of its own.
-NOT_OF_CV_BRIDGE = ("mono16", "yuv422", "yuv422_yuy2", "nv12", "nv21", "bayer_grbg8")
+NOT_OF_CV_BRIDGE = (*ROUNDED, "bayer_grbg8", *(name for name in ACCEPTED_ENCODINGS if name.endswith("16")))
 # cv_bridge takes colours only from encodings that say which these are.
-TO_CV_BRIDGE = {"8UC1": "mono8", "8UC3": "bgr8"}
+TO_CV_BRIDGE = {"8UC1": "mono8", "8UC3": "bgr8", "8UC4": "bgra8"}
 
 
 def message(image, encoding, padding=0):
@@ -55,7 +57,7 @@ def test_every_accepted_encoding_has_a_test():
 
 
 @pytest.mark.parametrize("padding", [0, 1, 13])
-@pytest.mark.parametrize("encoding", [*EXACT, *ROUNDED])
+@pytest.mark.parametrize("encoding", [name for name in (*EXACT, *ROUNDED) if name != "nv24"])
 def test_a_colour_comes_out_as_it_went_in(encoding, padding):
     out = to_rgb(message(plain(), encoding, padding))
     assert out.shape == (8, 12, 3)
@@ -72,7 +74,7 @@ def test_grey_comes_out_in_all_channels(encoding, padding):
     assert (out == COLOUR[1]).all()
 
 
-@pytest.mark.parametrize("encoding", ["rgb8", "bgr8", "rgba8", "bgra8", "8UC3"])
+@pytest.mark.parametrize("encoding", ["rgb8", "bgr8", "rgba8", "bgra8", "8UC3", "8UC4", "rgb16", "bgra16"])
 @pytest.mark.parametrize("size", [(1, 1), (7, 5), (1, 9), (9, 1), (33, 17)])
 def test_every_pixel_stays_where_it_was(encoding, size):
     image = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
@@ -119,6 +121,68 @@ def test_mono16_is_linear_from_black_to_white_in_either_byte_order():
         made = Image(height=1, width=6, encoding="mono16", step=12, is_bigendian=big)
         made.data.frombytes(values.astype(order).tobytes())
         assert to_rgb(made)[0, :, 0].tolist() == grey
+
+
+@pytest.mark.parametrize("padding", [0, 6])
+def test_nv24_has_the_colour_of_every_pixel(padding):
+    image = pictures.scene(33, 17)
+    rows = pictures.encode(image, "nv24").reshape(-1)
+    luma, chroma = rows[: 33 * 17].reshape(17, 33), rows[33 * 17 :].reshape(17, 66)
+    made = Image(width=33, height=17, encoding="nv24", step=33 + padding)
+    for plane, beyond in ((luma, padding), (chroma, 2 * padding)):
+        made.data.frombytes(np.pad(plane, ((0, 0), (0, beyond)), constant_values=0xAA).tobytes())
+    assert np.abs(to_rgb(made).astype(int) - image).max() <= 4
+
+
+def sixteen(values, encoding="mono16", *, compress=False):
+    """An image of these values, uint16 [H, W] or [H, W, 3], raw or as a PNG."""
+    if compress:
+        return compressed(encoded("png", values), f"{encoding}; png compressed")
+    made = Image(height=values.shape[0], width=values.shape[1], encoding=encoding, step=values[0].nbytes)
+    made.data.frombytes(np.ascontiguousarray(values).tobytes())
+    return made
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+@pytest.mark.parametrize("read", [to_rgb, encodings.to_rgb], ids=["node", "replay"])
+def test_numbers_of_fewer_than_16_bits_fill_the_range_and_that_is_said_once(bits, read):
+    image = pictures.scene(64, 48)
+    image[0, 0], image[0, 1] = 0, 255
+    values = np.round(image * ((2**bits - 1) / 255)).astype(np.uint16)
+    for made in (
+        sixteen(values, "rgb16"),
+        sixteen(values[..., ::-1], "bgr16"),
+        sixteen(values[..., ::-1], "rgb16", compress=True),
+    ):
+        used = ValueRange()
+        for _ in range(3):
+            assert np.abs(read(made, used).astype(int) - image).max() <= (1 if bits > 8 else 0)
+        assert used.bits == bits
+        news = used.news()
+        assert (f"{2**bits - 1} ({bits} bits) is taken as white" in news) == (bits < 16)
+        assert used.news() == ""
+    grey = sixteen(values[..., 1])
+    assert np.abs(read(grey, ValueRange())[..., 0].astype(int) - image[..., 1]).max() <= 1
+    whole = read(message(image, "bayer_rggb8")).astype(int)
+    mosaic_values = np.round(pictures.encode(image, "bayer_rggb8") * ((2**bits - 1) / 255)).astype(np.uint16)
+    for made in (sixteen(mosaic_values, "bayer_rggb16"), sixteen(mosaic_values, "bayer_rggb16", compress=True)):
+        assert np.abs(read(made, ValueRange()) - whole).max() <= 2
+
+
+def test_a_brighter_image_widens_the_range_and_a_darker_one_does_not_narrow_it():
+    used = ValueRange()
+    seen = [int(to_rgb(sixteen(np.full((2, 2), value, np.uint16)), used)[0, 0, 0]) for value in (900, 4095, 900, 5000)]
+    assert seen == [224, 255, 56, 78]
+    assert "4095" not in used.news()
+    assert used.bits == 14
+    to_rgb(sixteen(np.full((2, 2), 65535, np.uint16)), used)
+    assert "65535 (16 bits) is taken as white" in used.news()
+
+
+@pytest.mark.parametrize(("ending", "name"), [("tiff", "TIFF"), ("webp", "WebP")])
+def test_formats_that_no_decoder_is_trusted_with_are_named(ending, name, no_decoder):
+    made = compressed(encoded(ending, pictures.scene(64, 48)), f"rgb8; {ending} compressed bgr8")
+    assert_refused(made, "encoding", f"it is {name}, neither JPEG nor PNG; accepted: JPEG, PNG; .*the parameter format")
 
 
 @pytest.mark.parametrize("encoding", ["rgb8", "mono8", "bayer_rggb8", "yuv422"])
@@ -178,7 +242,9 @@ def test_a_frame_id_that_is_no_name_is_not_passed_on():
         assert_refused(refused, "header", "at most 1024")
 
 
-@pytest.mark.parametrize(("encoding", "size"), [("yuv422", (3, 4)), ("nv12", (4, 3)), ("nv21", (3, 4))])
+@pytest.mark.parametrize(
+    ("encoding", "size"), [("yuv422", (3, 4)), ("yuyv", (3, 4)), ("uyvy", (5, 4)), ("nv12", (4, 3)), ("nv21", (3, 4))]
+)
 def test_encodings_that_share_colour_between_pixels_need_even_sides(encoding, size):
     made = Image(width=size[0], height=size[1], encoding=encoding, step=16)
     made.data.frombytes(bytes(16 * 16))

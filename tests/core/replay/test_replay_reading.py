@@ -364,6 +364,22 @@ def test_encodings_may_change_on_the_way(tmp_path):
     assert lost == [{}]
 
 
+def test_values_of_12_bits_in_images_of_16_fill_the_range_and_are_noted(tmp_path):
+    make = typestore().types[IMAGE]
+    film = []
+    for number in range(3):
+        values = np.round(bags.picture(number).astype(np.float32) * (4095 / 255)).astype("<u2")
+        values[0, 0] = 4095
+        data = values.view(np.uint8).reshape(-1)
+        time = START + number * STEP
+        film.append((TOPIC, time, (IMAGE, make(bags.header(time), 48, 64, "rgb16", 0, 384, data))))
+    frames, lost, notes = read(bags.write(tmp_path / "bag", film))
+    assert lost == [{}]
+    for number, frame in enumerate(frames):
+        assert np.abs(frame.image.astype(int) - bags.picture(number))[1:].max() <= 1
+    assert notes == [f"{TOPIC}: no value above 4095 in images of 16 bits so far: 4095 (12 bits) is taken as white"]
+
+
 def test_ever_new_reasons_are_counted_together_at_last():
     losses = Losses()
     for number in range(100):
