@@ -26,10 +26,25 @@ SAMPLES = 65521
 """Pixels that a point is computed from at most, evenly chosen: more cost milliseconds and move no median. A prime: a
 divisor of the rows would take every row's same columns."""
 
-_UNITS = {"16UC1": (np.uint16, 1e-3), "mono16": (np.uint16, 1e-3), "32FC1": (np.float32, 1.0)}
+_UNITS = {
+    "16UC1": (np.uint16, 1e-3),
+    "mono16": (np.uint16, 1e-3),
+    "32FC1": (np.float32, 1.0),
+    "64FC1": (np.float64, 1.0),
+}
 
-# The numbers of coefficients that OpenCV knows for each of ROS's distortion models.
-_COEFFICIENTS = {"plumb_bob": (4, 5), "rational_polynomial": (8, 12, 14), "equidistant": (4,)}
+_PINHOLE = (4, 5, 8, 12, 14)
+"""Numbers of coefficients that OpenCV's pinhole model takes; those that it is not given are 0 there."""
+_FISHEYE = (4,)
+_COEFFICIENTS = {
+    "plumb_bob": _PINHOLE,
+    "rational_polynomial": _PINHOLE,
+    "equidistant": _FISHEYE,
+    "radtan": _PINHOLE,
+    "fisheye": _FISHEYE,
+}
+"""Names of the distortion models that OpenCV can undo, ROS's own and those of Kalibr (radtan) and OpenCV (fisheye), and
+how many coefficients each takes. Zeros behind them mean nothing."""
 
 
 class DepthError(ValueError):
@@ -203,9 +218,7 @@ class _Camera:
                 raise DepthError(
                     f"the distortion model {model[:40]!r} of camera_info is unknown; known: {', '.join(_COEFFICIENTS)}"
                 )
-            if len(d) not in _COEFFICIENTS[model]:
-                numbers = " or ".join(map(str, _COEFFICIENTS[model]))
-                raise DepthError(f"camera_info has {len(d)} coefficients (d); {model} has {numbers}")
+            d = _coefficients(d, model)
         return cls(k, d, model)
 
     def rays(self, columns: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -213,11 +226,23 @@ class _Camera:
         pixels = np.stack([columns, rows], axis=1).astype(np.float64)
         if not self.d.any():
             return (pixels - self.k[:2, 2]) / self.k[[0, 1], [0, 1]]
-        if self.model == "equidistant":
+        if _COEFFICIENTS[self.model] is _FISHEYE:
             return cv2.fisheye.undistortPoints(pixels[:, None], self.k, self.d)[:, 0]
         stop = (cv2.TERM_CRITERIA_COUNT | cv2.TERM_CRITERIA_EPS, 40, 1e-6)
         same = np.eye(3)  # neither rotated nor projected again
         return np.asarray(cv2.undistortPointsIter(pixels[:, None], self.k, self.d, same, same, stop))[:, 0]
+
+
+def _coefficients(d: np.ndarray, model: str) -> np.ndarray:
+    """`d` as OpenCV takes it for `model`, without the zeros that some drivers fill it up with. Raises DepthError."""
+    used = int(np.flatnonzero(d)[-1]) + 1
+    for count in _COEFFICIENTS[model]:
+        if count in range(used, len(d) + 1):
+            return d[:count]
+    numbers = " or ".join(map(str, _COEFFICIENTS[model]))
+    raise DepthError(
+        f"camera_info has {len(d)} coefficients (d), {used} without the zeros at their end; {model} has {numbers}"
+    )
 
 
 def _nanoseconds(header: Header) -> int:
@@ -229,7 +254,7 @@ def _read(message: Image) -> tuple[np.ndarray, float]:
     if message.encoding not in _UNITS:
         raise DepthError(
             f"encoding {message.encoding[:40]!r} of the depth image cannot be read; accepted: "
-            "16UC1 and mono16 (millimetres), 32FC1 (metres)"
+            "16UC1 and mono16 (millimetres), 32FC1 and 64FC1 (metres)"
         )
     kind, unit = _UNITS[message.encoding]
     dtype = np.dtype(kind).newbyteorder(">" if message.is_bigendian else "<")

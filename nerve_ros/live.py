@@ -209,7 +209,7 @@ class LivePlayer(Player):
         ended, ticking = threading.Event(), None
         try:
             for _, stored, message in read_messages(bag, selection, [Losses()]):
-                data = self._message(stored.kind, stored.data, message, ros1=bag.path.suffix == ".bag")
+                data = self._message(stored.kind, stored.data, message, ros1=bag.ros1)
                 stamp = stamp_of(message)
                 if data is None:
                     continue

@@ -247,7 +247,12 @@ class Pipeline:
         if config.max_image_age and age > config.max_image_age:
             self._health.dropped()
             reason = f"its stamp is {age:.2f} s old, max_image_age is {config.max_image_age:g} s"
-            self.forget(f"the newest image is too old: {reason}")
+            if not stamp:
+                reason = (
+                    f"it has no stamp, so that its age is not known, and max_image_age is {config.max_image_age:g} s; have "
+                    "the camera stamp its images, or set max_image_age to 0.0"
+                )
+            self.forget(f"the newest image {'is too old' if stamp else 'cannot be used'}: {reason}")
             self._log.warning(f"image dropped: {reason}", throttle_duration_sec=THROTTLE)
             return
         if self._apply(config) or self._labels_pending:

@@ -25,6 +25,9 @@ LABELS_WAIT = 10**9
 REASONS = 20
 """Reasons for lost images that are counted apart, at most; the others are counted together."""
 
+TOPICS = 40
+"""Topics of a bag that an error lists, at most."""
+
 
 @dataclass(frozen=True)
 class Frame:
@@ -101,23 +104,32 @@ def choose_topics(bag: Bag, asked: Sequence[str], labels_topic: str | None = Non
     names = list(dict.fromkeys(f"/{name.lstrip('/')}" for name in asked))
     if not names:
         names = [topic.name for topic in there if topic.name != labels_topic]
+        if not there:
+            raise BagError(f"{bag.path} has {_listed(bag)}; accepted: {', '.join(IMAGE_TYPES)}")
         if len(names) != 1:
-            raise BagError(f"{bag.path} has {_listed(there)}; say which by --image-topic")
+            raise BagError(f"{bag.path} has {_listed(bag)}; say which by --image-topic")
     for name in names:
         kinds = {topic.kind for topic in bag.topics if topic.name == name}
         if not kinds:
-            raise BagError(f"{bag.path} has no topic {name}; it has {_listed(there)}")
+            raise BagError(f"{bag.path} has no topic {name}; it has {_listed(bag)}")
         if not kinds & set(IMAGE_TYPES):
             raise BagError(
                 f"the messages of {name} are of type {', '.join(sorted(kinds))}; accepted: {', '.join(IMAGE_TYPES)}; "
-                f"the bag has {_listed(there)}"
+                f"the bag has {_listed(bag)}"
             )
     return tuple(names)
 
 
-def _listed(topics: Sequence[Topic]) -> str:
-    listed = ", ".join(f"{topic.name} ({topic.kind}, {topic.count})" for topic in topics)
-    return f"the image topics {listed}" if listed else "no image topic"
+def _listed(bag: Bag) -> str:
+    """The image topics of `bag`; where it has none, what it has."""
+    if images := bag.images():
+        return f"the image topics {_named(images)}"
+    return f"no image topic; its topics are {_named(bag.topics)}" if bag.topics else "no image topic and no other"
+
+
+def _named(topics: Sequence[Topic]) -> str:
+    named = ", ".join(f"{topic.name} ({topic.kind}, {topic.count})" for topic in topics[:TOPICS])
+    return named if len(topics) <= TOPICS else f"{named} and {len(topics) - TOPICS} more"
 
 
 class Truth:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import tempfile
 from collections import Counter
 from collections.abc import Collection, Iterator
@@ -15,6 +16,12 @@ from rosbags import rosbag1, rosbag2
 
 from .messages import IMAGE_TYPES, typestore
 from .salvage import SUFFIXES, Stored, salvage, salvage_in_order, storage_files
+
+
+_ROS1 = (".bag", ".bag.active")
+"""What the file of a ROS 1 bag ends with; the latter while it is being recorded."""
+_POINTER = b"version https://git-lfs.github.com/spec/"
+"""What a file of git-lfs begins with whose content was not fetched."""
 
 
 class BagError(ValueError):
@@ -43,12 +50,16 @@ class Bag:
     def __init__(self, path: Path) -> None:
         if not path.exists():
             raise BagError(f"there is no bag {path}; give the folder of a rosbag2 bag, or a .mcap, .db3 or .bag file")
+        if path.name == "metadata.yaml":
+            raise BagError(f"{path} describes a bag; give its folder, {path.parent}")
+        _refuse_pointers(path)
         self.path = path
         self.notes: dict[str, None] = {}
         self._stack = ExitStack()
         self._reader: Any = None
         self._files: list[Path] = []
-        self._ros1 = path.suffix == ".bag"
+        self.ros1 = path.name.endswith(_ROS1)
+        """Whether it is a bag of ROS 1."""
         try:
             self._open()
         except BaseException:
@@ -67,7 +78,7 @@ class Bag:
 
     def _open(self) -> None:
         try:
-            reader = (rosbag1.Reader if self._ros1 else rosbag2.Reader)(self.path)
+            reader = (rosbag1.Reader if self.ros1 else rosbag2.Reader)(self.path)
             self._reader = self._stack.enter_context(reader)
             counted = Counter[tuple[str, str]]()
             for connection in reader.connections:
@@ -75,10 +86,13 @@ class Bag:
             self.start = int(reader.start_time) if sum(counted.values()) else 0
         except Exception as error:  # rosbags raises whatever its parser trips over
             self._reader = None
-            if self._ros1:
-                raise BagError(
-                    f"{self.path} cannot be read as a ROS 1 bag: {_said(error)}; if it was cut off: rosbag reindex"
-                ) from error
+            if self.ros1:
+                mended = "if it was cut off: rosbag reindex"
+                if self.path.suffix == ".active":
+                    file = shlex.quote(str(self.path))
+                    whole = shlex.quote(str(self.path.with_suffix("")))
+                    mended = f"its recording was not ended: rosbag reindex {file}, then rosbag fix {file} {whole}"
+                raise BagError(f"{self.path} cannot be read as a ROS 1 bag: {_said(error)}; {mended}") from error
             counted = self._salvage_index(error)
         self.topics = tuple(Topic(*key, count) for key, count in sorted(counted.items()))
 
@@ -86,8 +100,10 @@ class Bag:
         """What is in the storage files by going through them. Raises BagError where that is nothing."""
         self._files = storage_files(self.path)
         if not self._files:
+            old = sorted(file.name for file in self.path.iterdir() if file.name.endswith(_ROS1))
+            meant = f"; of ROS 1 it holds {', '.join(old[:5])}: give such a file" if old else ""
             raise BagError(
-                f"{self.path} cannot be read as a bag ({_said(error)}), and holds no {' or '.join(SUFFIXES)} file"
+                f"{self.path} cannot be read as a bag ({_said(error)}), and holds no {' or '.join(SUFFIXES)} file{meant}"
             ) from error
         self._scratch = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
         self._note(f"the bag cannot be opened as a whole ({_said(error)}); what its storage files still hold was read")
@@ -120,7 +136,7 @@ class Bag:
                 try:
                     one = next(found, None)
                 except Exception as error:
-                    if self._ros1:
+                    if self.ros1:
                         self._note(f"the bag is damaged ({_said(error)}): what follows there is lost")
                         return
                     self._note(f"the bag is damaged ({_said(error)}); what its storage files still hold was read")
@@ -146,9 +162,9 @@ class Bag:
 
     def deserialize(self, stored: Stored) -> Any:
         """The message of `stored`, with the fields that ROS gives it. Raises MessageError."""
-        store = typestore(self._ros1)
+        store = typestore(self.ros1)
         try:
-            read = store.deserialize_ros1 if self._ros1 else store.deserialize_cdr
+            read = store.deserialize_ros1 if self.ros1 else store.deserialize_cdr
             return read(stored.data, stored.kind)
         except KeyError:
             raise MessageError(f"messages of type {stored.kind} are not known here") from None
@@ -157,6 +173,18 @@ class Bag:
 
     def _note(self, sentence: str) -> None:
         self.notes[sentence] = None
+
+
+def _refuse_pointers(bag: Path) -> None:
+    """Raise BagError where a file of `bag` is a git-lfs pointer instead of what it points to."""
+    for file in (bag,) if bag.is_file() else (*storage_files(bag), bag / "metadata.yaml"):
+        if not file.is_file():
+            continue
+        with file.open("rb") as opened:
+            if opened.read(len(_POINTER)) == _POINTER:
+                raise BagError(
+                    f"{file} is a git-lfs pointer, not the file itself; fetch it: git lfs pull (in its repository)"
+                )
 
 
 def _listed_files(bag: Path) -> list[str]:

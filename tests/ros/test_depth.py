@@ -29,8 +29,8 @@ def header(seconds=10.0, frame=FRAME):
 
 
 def depth_image(metres, seconds=10.0, *, encoding="32FC1", big_endian=False, padding=0, frame=FRAME):
-    kind, unit = {"32FC1": ("f4", 1.0), "16UC1": ("u2", 1e-3), "mono16": ("u2", 1e-3)}[encoding]
-    values = metres / unit if kind == "f4" else np.round(metres / unit)
+    kind, unit = {"32FC1": ("f4", 1.0), "64FC1": ("f8", 1.0), "16UC1": ("u2", 1e-3), "mono16": ("u2", 1e-3)}[encoding]
+    values = metres / unit if kind[0] == "f" else np.round(metres / unit)
     rows = np.ascontiguousarray(values.astype((">" if big_endian else "<") + kind)).view(np.uint8)
     rows = np.pad(rows, ((0, 0), (0, padding)), constant_values=0xAA)
     height, width = metres.shape
@@ -107,7 +107,7 @@ def sphere(width, height, k, centre, radius):
     size=st.tuples(st.integers(8, 60), st.integers(8, 60)),
     z=st.floats(0.2, 30.0),
     part=st.tuples(*[st.floats(0.0, 1.0)] * 4),
-    encoding=st.sampled_from(["32FC1", "16UC1", "mono16"]),
+    encoding=st.sampled_from(["32FC1", "64FC1", "16UC1", "mono16"]),
     big_endian=st.booleans(),
     padding=st.integers(0, 5),
 )
@@ -120,7 +120,7 @@ def test_a_wall_is_where_it_was_put(size, z, part, encoding, big_endian, padding
     info = camera_info(width, height)
     wall = depth_image(np.full((height, width), z), encoding=encoding, big_endian=big_endian, padding=padding)
     point = match_of(wall, info).point(mask)
-    z = z if encoding == "32FC1" else round(z * 1000) / 1000
+    z = z if encoding in ("32FC1", "64FC1") else round(z * 1000) / 1000
     expected = (
         ((left + right) / 2 - info.k[2]) * z / info.k[0],
         ((top + bottom) / 2 - info.k[5]) * z / info.k[4],
@@ -214,6 +214,38 @@ def test_no_coefficients_mean_no_distortion_whatever_the_model_is_called(model, 
     plain = match_of(depth_image(np.full((12, 16), 2.0)), camera_info(16, 12)).point(full())
     same = match_of(depth_image(np.full((12, 16), 2.0)), camera_info(16, 12, d=d, model=model)).point(full())
     assert same == plain
+
+
+SHORT, FISHEYE = [-0.28, 0.09, 0.0011, -0.0007], DISTORTIONS["equidistant"]
+
+
+@pytest.mark.parametrize(
+    ("model", "d", "as_model", "as_d"),
+    [
+        ("plumb_bob", [*DISTORTIONS["plumb_bob"], 0.0, 0.0, 0.0], "plumb_bob", DISTORTIONS["plumb_bob"]),
+        ("plumb_bob", [*SHORT, 0.0, 0.0], "plumb_bob", SHORT),
+        ("plumb_bob", DISTORTIONS["rational_polynomial"], "rational_polynomial", DISTORTIONS["rational_polynomial"]),
+        ("rational_polynomial", DISTORTIONS["plumb_bob"], "plumb_bob", DISTORTIONS["plumb_bob"]),
+        (
+            "rational_polynomial",
+            [*DISTORTIONS["rational_polynomial"], *[0.0] * 6],
+            "rational_polynomial",
+            DISTORTIONS["rational_polynomial"],
+        ),
+        ("radtan", SHORT, "plumb_bob", SHORT),
+        ("equidistant", [*FISHEYE, 0.0], "equidistant", FISHEYE),
+        ("equidistant", [*FISHEYE, *[0.0] * 10], "equidistant", FISHEYE),
+        ("fisheye", FISHEYE, "equidistant", FISHEYE),
+    ],
+)
+def test_calibrations_as_drivers_write_them_are_read(model, d, as_model, as_d):
+    """Other names of the same model, and zeros behind its coefficients."""
+    mask = np.zeros((48, 64), bool)
+    mask[40, 58] = True
+    wall = depth_image(np.full((48, 64), 2.0))
+    found = match_of(wall, camera_info(64, 48, d=d, model=model)).point(mask)
+    assert found == match_of(wall, camera_info(64, 48, d=as_d, model=as_model)).point(mask)
+    assert found != match_of(wall, camera_info(64, 48)).point(mask)
 
 
 def test_the_biggest_piece_with_depth_is_taken():
@@ -489,7 +521,7 @@ REASONS = {
         "the depth image is in frame 'depth_optical', the image in 'camera_optical'; a depth image registered",
     ),
     "camera_info of another frame": (GOOD, camera_info(16, 12, frame="left"), "camera_info is in frame 'left'"),
-    "encoding": (broken(encoding="64FC1"), INFO, "encoding '64FC1' .* accepted: 16UC1 and mono16 .* 32FC1"),
+    "encoding": (broken(encoding="16SC1"), INFO, "encoding '16SC1' .* accepted: 16UC1 and mono16 .* 32FC1 and 64FC1"),
     "no width": (broken(width=0), INFO, "the depth image is 0 x 12"),
     "no height": (broken(height=0), INFO, "the depth image is 16 x 0"),
     "step": (broken(step=63), INFO, "step of the depth image is 63; 16 pixels of 32FC1 need 64 bytes"),
@@ -510,8 +542,17 @@ REASONS = {
     "distortion model": (
         GOOD,
         camera_info(16, 12, d=[0.1], model="thin_prism"),
-        "distortion model 'thin_prism' of camera_info is unknown; known: plumb_bob, rational_polynomial, equidistant",
+        (
+            "distortion model 'thin_prism' of camera_info is unknown; known: plumb_bob, rational_polynomial, "
+            "equidistant, radtan, fisheye"
+        ),
     ),
+    "coefficients beyond those of a fisheye": (
+        GOOD,
+        camera_info(16, 12, d=[0.1] * 5, model="equidistant"),
+        r"has 5 coefficients \(d\), 5 without the zeros at their end; equidistant has 4",
+    ),
+    "coefficients between": (GOOD, camera_info(16, 12, d=[0.1] * 6), "6 coefficients .*has 4 or 5 or 8 or 12 or 14"),
     "coefficients": (GOOD, camera_info(16, 12, d=[0.1] * 3), "3 coefficients .*; plumb_bob has 4 or 5"),
     "distortion to nowhere": (GOOD, camera_info(16, 12, d=[math.nan] * 5), "gives no finite point"),
     "no valid depth": (

@@ -124,10 +124,48 @@ def test_where_there_are_several_image_topics_or_none_they_are_listed(tmp_path):
         with pytest.raises(BagError, match=f"no topic /front.*{TOPIC}"):
             choose_topics(bag, ["/front"])
     with Bag(none) as bag:
-        with pytest.raises(BagError, match="no image topic"):
+        there = r"no image topic; its topics are /info \(vision_msgs/msg/LabelInfo, 1\)"
+        with pytest.raises(BagError, match=f"{there}; accepted: sensor_msgs/msg/Image") as caught:
             choose_topics(bag, [])
+        assert "--image-topic" not in str(caught.value)
+        with pytest.raises(BagError, match=f"no topic /front; it has {there}"):
+            choose_topics(bag, ["/front"])
         with pytest.raises(BagError, match="of type vision_msgs/msg/LabelInfo; accepted: sensor_msgs/msg/Image"):
             choose_topics(bag, ["/info"])
+
+
+def test_of_very_many_topics_some_are_listed(tmp_path):
+    bag = bags.write(tmp_path / "bag", [(f"/info_{n}", START, bags.label_info(["ball"])) for n in range(50)])
+    with Bag(bag) as opened, pytest.raises(BagError, match="and 10 more"):
+        choose_topics(opened, [])
+
+
+def test_what_is_given_instead_of_a_bag_is_named(tmp_path):
+    bag = bags.write(tmp_path / "bag", bags.film(2))
+    with pytest.raises(BagError, match=f"describes a bag; give its folder, {bag}"):
+        Bag(bag / "metadata.yaml")
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 12345678\n"
+    for name in ("bag.mcap", "metadata.yaml"):
+        kept = (bag / name).read_bytes()
+        (bag / name).write_text(pointer)
+        with pytest.raises(BagError, match=f"{name} is a git-lfs pointer.*git lfs pull"):
+            Bag(bag)
+        (bag / name).write_bytes(kept)
+    for name in ("alone.mcap", "alone.db3", "old.bag", "old.bag.active"):
+        (tmp_path / name).write_text(pointer)
+        with pytest.raises(BagError, match="is a git-lfs pointer"):
+            Bag(tmp_path / name)
+
+
+def test_a_recording_of_ros_1_that_was_not_ended_is_read_or_says_what_mends_it(tmp_path):
+    whole = bags.write_ros1(tmp_path / "old.bag", 4)
+    active = whole.rename(tmp_path / "old.bag.active")
+    assert numbers(read(active)[0]) == list(range(4))
+    with pytest.raises(BagError, match=r"of ROS 1 it holds old\.bag\.active: give such a file"):
+        Bag(tmp_path)
+    bags.cut(active, 0.5)
+    with pytest.raises(BagError, match=r"rosbag reindex .*old\.bag\.active, then rosbag fix .*active .*old\.bag$"):
+        Bag(active)
 
 
 def test_results_are_called_after_the_cameras_namespace():
