@@ -249,8 +249,8 @@ class Pipeline:
             reason = f"its stamp is {age:.2f} s old, max_image_age is {config.max_image_age:g} s"
             if not stamp:
                 reason = (
-                    f"it has no stamp, so that its age is not known, and max_image_age is {config.max_image_age:g} s; have "
-                    "the camera stamp its images, or set max_image_age to 0.0"
+                    f"it has no stamp, so that its age is not known, and max_image_age is {config.max_image_age:g} s; "
+                    "have the camera stamp its images, or set max_image_age to 0.0"
                 )
             self.forget(f"the newest image {'is too old' if stamp else 'cannot be used'}: {reason}")
             self._log.warning(f"image dropped: {reason}", throttle_duration_sec=THROTTLE)

@@ -17,7 +17,6 @@ from rosbags import rosbag1, rosbag2
 from .messages import IMAGE_TYPES, typestore
 from .salvage import SUFFIXES, Stored, salvage, salvage_in_order, storage_files
 
-
 _ROS1 = (".bag", ".bag.active")
 """What the file of a ROS 1 bag ends with; the latter while it is being recorded."""
 _POINTER = b"version https://git-lfs.github.com/spec/"
@@ -103,7 +102,8 @@ class Bag:
             old = sorted(file.name for file in self.path.iterdir() if file.name.endswith(_ROS1))
             meant = f"; of ROS 1 it holds {', '.join(old[:5])}: give such a file" if old else ""
             raise BagError(
-                f"{self.path} cannot be read as a bag ({_said(error)}), and holds no {' or '.join(SUFFIXES)} file{meant}"
+                f"{self.path} cannot be read as a bag ({_said(error)}), and holds no {' or '.join(SUFFIXES)} file"
+                f"{meant}"
             ) from error
         self._scratch = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
         self._note(f"the bag cannot be opened as a whole ({_said(error)}); what its storage files still hold was read")
