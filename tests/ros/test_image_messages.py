@@ -1,8 +1,10 @@
 """Image messages to RGB and back, against pixels known beforehand."""
 
+import re
 import struct
 import zlib
 from contextlib import suppress
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -26,6 +28,7 @@ from nerve_ros.images import (
     rgb8_message,
     to_rgb,
 )
+from nerve_ros.pipeline import Frame, Pipeline
 
 COLOUR = (200, 120, 40)
 # The widest error of a colour through each encoding: chroma of yuv is rounded.
@@ -500,6 +503,27 @@ def test_text_in_a_png_that_unfolds_to_a_gigabyte_is_not_unfolded():
     folded = zlib.compress(bytes(50_000_000), 9)
     for extra in (chunk(b"zTXt", b"k\0\0" + folded), chunk(b"iCCP", b"k\0\0" + folded)):
         assert (to_rgb(compressed(png(4, 3, extra, chunk(b"IDAT", zlib.compress(rows))))) == COLOUR).all()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "it has no stamp.*set max_image_age to 0.0"), (40, "its stamp is 60.00 s old")]
+)
+def test_an_image_that_is_too_old_or_has_no_stamp_is_dropped_with_the_reason(seconds, text):
+    warned, reasons = [], []
+    pipeline = Pipeline(
+        log=SimpleNamespace(warning=lambda said, **_: warned.append(said)),
+        clock=SimpleNamespace(now=lambda: SimpleNamespace(nanoseconds=100 * 10**9)),
+        health=SimpleNamespace(dropped=lambda: reasons.append("dropped")),
+        config=lambda: SimpleNamespace(max_image_age=1.0),
+        publishing=lambda: True,
+        too_often_out_of_memory=lambda: None,
+    )
+    made = message(plain(), "rgb8")
+    made.header.stamp.sec = seconds
+    pipeline.process(Frame(made, 0.0), None)
+    assert reasons == ["dropped"]
+    (said,) = warned
+    assert re.search(f"image dropped: {text}", said)
 
 
 def test_outgoing_messages_carry_the_header_and_packed_rows():
