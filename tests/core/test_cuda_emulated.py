@@ -1,0 +1,249 @@
+"""The embedded pair through its CUDA path, on a stand-in for CUDA: masks as on the CPU, no race, one wait a frame.
+
+No GPU takes part. What the stand-in checks, and what it cannot, is in emulated_cuda.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+
+import pytest
+import torch
+
+from emulated_cuda import emulated_cuda
+from nerve_core import Segmenter, Vocabulary
+from nerve_core.embedded.scenes import draw_scene
+from nerve_core.models.loading import load_clip
+from nerve_core.models.pairs import find_pair
+from nerve_core.networks.dense_clip import HEADS, ClipConfig, DenseClip
+from nerve_core.networks.frame import GRAPH_AFTER, GRAPHS_KEPT, FramePart
+from nerve_core.readout import ReadoutConfig, read_out
+
+# a fraction of the pair's tokens, heads and templates: the same path in a fraction of the time
+SMALL = {"input_size": (64, 96), "taps": ((2, 0),), "short_side": 72, "templates": ("a {}.",)}
+WHOLE = ("vanilla", "cliper")  # heads that are run as whole pairs; the others by themselves
+NAMES = Vocabulary(["ball", "cube|box", "door", "mug", "plant", "chair"], negatives=["wall"])
+AGREE = 0.998  # share of pixels with the label that the CPU gives in float32
+CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
+ONE_WAIT = ["stream.synchronize"]
+
+
+@pytest.fixture(scope="module")
+def gpu():
+    with emulated_cuda(2) as gpu:
+        yield gpu
+
+
+@pytest.fixture(autouse=True)
+def nothing_goes_wrong(gpu):
+    """Whatever a test looks at, no race and nothing like it."""
+    yield
+    found, gpu.faults[:] = list(gpu.faults), []
+    assert not found
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+def load(cache, device, **more):
+    settings = SMALL | more.pop("settings", {})
+    return Segmenter.from_pretrained("embedded", device=device, cache_dir=cache, settings=settings, **more)
+
+
+class Both:
+    """One pair twice: on the CPU, whose segmentations are kept, and on the stand-in."""
+
+    def __init__(self, cache, **settings):
+        self.cpu, self.cuda = (load(cache, device, settings=settings) for device in ("cpu", "cuda:0"))
+        self._known = {}
+
+    def __call__(self, seen, vocabulary=NAMES):
+        """What the stand-in makes of an image, once it agrees with the CPU."""
+        key = seen.tobytes(), seen.shape, vocabulary
+        if key not in self._known:
+            self._known[key] = self.cpu(seen, vocabulary)
+        found = self.cuda(seen, vocabulary)
+        assert_agree(self._known[key], found)
+        return found
+
+    def captured(self, seen):
+        """Run an image until its size has a graph."""
+        while seen.shape not in self.cuda.frame_part._graphs:
+            self.cuda(seen, NAMES)
+
+
+@pytest.fixture(scope="module")
+def heads(gpu, cache):
+    """The pairs with the heads of `WHOLE`, each loaded when it is first asked for."""
+    return functools.cache(lambda head: Both(cache, head=head))
+
+
+@pytest.fixture(scope="module")
+def pair(heads):
+    """With the pair's own head, and an image that is encoded on (the CPU, the stand-in)."""
+    both = heads("vanilla")
+    return both, [segmenter.encode(image(0)) for segmenter in (both.cpu, both.cuda)]
+
+
+@functools.cache
+def image(seed, size=(120, 160)):
+    return draw_scene(seed, size=size).image
+
+
+def assert_agree(one, other):
+    assert one.names == other.names
+    assert (one.labels == other.labels).mean() >= AGREE
+    assert abs(one.confidence_u8.astype(int) - other.confidence_u8).max() <= 3
+    for mine, theirs in zip(one.class_confidence, other.class_confidence, strict=True):
+        assert mine.presence == pytest.approx(theirs.presence, abs=0.01)
+        assert mine.area == pytest.approx(theirs.area, abs=20)
+
+
+# --- frames ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("head", WHOLE)
+def test_a_frame_is_the_cpu_s_step_by_step_and_from_a_graph_with_one_wait(gpu, heads, head):
+    both = heads(head)
+    both.cuda.embed(NAMES)
+    for number in range(GRAPH_AFTER + 2):
+        gpu.reset_counts()
+        found = both(image(number))
+        captures = number == GRAPH_AFTER
+        assert gpu.waits == (["device.synchronize"] if captures else []) + ONE_WAIT
+        assert gpu.counts["replay"] == (number >= GRAPH_AFTER)
+        assert len(set(found.labels.ravel())) > 2
+        assert ("networks" in found.timings, "clip" in found.timings) == (True, False)
+        assert all(time >= 0 for time in found.timings.values())
+
+
+def test_sizes_come_by_turns_each_with_its_graph(gpu, heads):
+    both, first, others = heads("vanilla"), image(0), [image(1, (97, 131)), image(2, (64, 200))]
+    both.captured(first)
+    for number in range(GRAPH_AFTER + 2):
+        for seen in others if number < GRAPH_AFTER else [*others, first]:
+            gpu.reset_counts()
+            both(seen)
+            assert gpu.counts["replay"] == (number >= GRAPH_AFTER)
+    assert len(both.cuda.frame_part._graphs) == 3 < GRAPHS_KEPT
+
+
+def test_another_vocabulary_needs_no_other_graph(gpu, heads):
+    both, seen = heads("cliper"), image(0)
+    both.captured(seen)
+    for names in (["star"], [f"thing {k}" for k in range(40)], ["mug|cup|beaker", "ball"], [], ["ball"]):
+        vocabulary = Vocabulary(names)
+        both.cuda.embed(vocabulary)
+        gpu.reset_counts()
+        both(seen, vocabulary)
+        assert gpu.waits == (ONE_WAIT if names else [])
+        assert gpu.counts["replay"] == bool(names)
+
+
+def test_networks_in_turn_give_the_same_step_by_step(gpu, pair):
+    both, seen = pair[0], image(0)
+    overlapping = both.cuda.frame_part
+    both.cuda.frame_part = FramePart(overlapping.clip, overlapping.taps, CUDA, overlap=False)
+    for _ in range(GRAPH_AFTER + 1):
+        gpu.reset_counts()
+        found = both(seen)
+        assert gpu.waits == ONE_WAIT
+        assert gpu.counts["replay"] == 0
+        assert ("networks" in found.timings, "clip" in found.timings) == (False, True)
+    both.cuda.frame_part = overlapping
+
+
+def test_in_float32_it_is_the_same_too(gpu, cache, pair):
+    segmenter = load(cache, "cuda:0", dtype="fp32")
+    for _ in range(GRAPH_AFTER + 1):
+        assert_agree(pair[0].cpu(image(0), NAMES), segmenter(image(0), NAMES))
+    assert segmenter.device_memory > 0
+    segmenter.close()
+
+
+# --- heads ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("head", sorted(set(HEADS) - set(WHOLE)))
+def test_every_head_says_what_it_says_on_the_cpu(gpu, pair, head):
+    queries, labels = pair[0].cpu.embed(NAMES), []
+    for device, dtype in ((CPU, torch.float32), (CUDA, torch.float16)):
+        clip = load_clip(find_pair("embedded").clip, device, dtype, cache_dir=None, offline=True)
+        dense = DenseClip(clip.model, dataclasses.replace(pair[0].cpu.settings.clip, head=head))
+        pixels = torch.from_numpy(image(5)).permute(2, 0, 1)[None].float().div_(255).to(device)
+        gpu.reset_counts()
+        with torch.inference_mode():
+            G = dense.probabilities(dense.features(pixels), queries.embeddings.to(device), (16, 24))
+            read = read_out(G, G, queries.classes.to(device), len(NAMES), (16, 24), (120, 160), ReadoutConfig())
+        assert not [wait for wait in gpu.waits if wait != "copy to the device"]  # of queries and classes, above
+        labels.append(read.to_host().labels)
+    assert labels[0].any()
+    assert (labels[0] == labels[1]).float().mean() >= AGREE
+    assert isinstance(dense.config, ClipConfig)
+
+
+# --- the walk and the readout -----------------------------------------------------------------------------------
+
+WALKS = {
+    "exp": {"kernel": "exp"},
+    "exp, affinities": {"kernel": "exp", "combine": "affinities"},
+    "softmax": {"kernel": "softmax"},
+    "softmax, affinities": {"kernel": "softmax", "combine": "affinities"},
+    "relu": {"kernel": "relu"},
+    "relu, affinities": {"kernel": "relu", "combine": "affinities"},
+    "relu_centred": {"kernel": "relu_centred", "alpha": 0.5},
+    "shifted": {"kernel": "shifted", "alpha": 0.5},
+    "shifted, affinities": {"kernel": "shifted", "alpha": 0.5, "combine": "affinities"},
+    "favor": {"kernel": "favor", "tau": 0.5, "features": 64},
+    "truncated": {"method": "truncated", "steps": 40},
+    "exact": {"method": "exact"},  # which waits, as it says
+    "far": {"alpha": 0.85, "steps": 40},
+    "mean of the heads": {"head_weights": "mean"},
+    "one head": {"head_weights": 1},
+    "local": {"beta": 0.0},
+    "global": {"beta": 1.0},
+    "presence_minmax": {"readout": "presence_minmax"},
+    "presence_max": {"readout": "presence_max", "threshold": 0.2},
+    "minmax": {"readout": "minmax", "threshold": 0.5},
+    "thresholds": {"threshold": 0.3, "presence_threshold": 0.4},
+}
+
+
+@contextlib.contextmanager
+def set_to(segmenters, **changes):
+    before = [segmenter.settings for segmenter in segmenters]
+    for segmenter, settings in zip(segmenters, before, strict=True):
+        segmenter.settings = settings.replaced(changes)
+    try:
+        yield
+    finally:
+        for segmenter, settings in zip(segmenters, before, strict=True):
+            segmenter.settings = settings
+
+
+@pytest.mark.parametrize("case", WALKS)
+def test_a_walk_is_the_cpu_s(gpu, pair, case):
+    both, encoded = pair[0], pair[1]
+    segmenters = both.cpu, both.cuda
+    queries = [segmenter.embed(NAMES) for segmenter in segmenters]
+    with set_to(segmenters, **WALKS[case]):
+        if case == "favor":  # uploads its directions, once
+            both.cuda.segment(encoded[1], queries[1])
+        gpu.reset_counts()
+        results = [segmenter.segment(*given) for segmenter, *given in zip(segmenters, encoded, queries, strict=True)]
+    assert_agree(*results)
+    assert results[1].operator == results[0].operator
+    assert [wait for wait in gpu.waits if case != "exact" or wait == ONE_WAIT[0]] == ONE_WAIT
+
+
+def test_a_walk_from_the_frame_before_is_the_cpu_s(gpu, pair):
+    segmenters = pair[0].cpu, pair[0].cuda
+    with set_to(segmenters, previous_frame_start=True, steps=2):
+        for number in range(2):
+            assert_agree(*(segmenter(image(number, (66, 88)), NAMES) for segmenter in segmenters))
+    for segmenter in segmenters:
+        segmenter._previous = None
