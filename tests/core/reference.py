@@ -259,3 +259,46 @@ def pamr(image: np.ndarray, scores: np.ndarray, steps: int, dilations: list[int]
                 refined[:, row, column] += weight * scores[:, y, x]
         scores = refined
     return scores
+
+
+# --- pixels ---
+
+
+def lab(rgb: np.ndarray) -> np.ndarray:
+    """One sRGB colour in 0..1 as CIELAB under D65."""
+    linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in rgb]
+    rows = ((0.412453, 0.357580, 0.180423), (0.212671, 0.715160, 0.072169), (0.019334, 0.119193, 0.950227))
+    f = []
+    for row in rows:
+        t = sum(a * b for a, b in zip(row, linear, strict=True)) / sum(row)
+        f.append(t ** (1 / 3) if t > (6 / 29) ** 3 else t / (3 * (6 / 29) ** 2) + 4 / 29)
+    return np.array((116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])))
+
+
+def pixel_transition(image: np.ndarray, distances: list[int], sigma: float, eps_self: float) -> np.ndarray:
+    """S [H W, H W] between the pixels of an image [3, H, W]: Eq. 9 at several distances, by CIELAB colours."""
+    height, width = image.shape[1:]
+    colours = {place: lab(image[(slice(None), *place)]) for place in np.ndindex(height, width)}
+    S = np.zeros((height * width, height * width))
+    for row, column in np.ndindex(height, width):
+        here = row * width + column
+        for distance in distances:
+            for down, right in NEIGHBOURS:
+                other = (row + distance * down, column + distance * right)
+                if other in colours:
+                    unlike = colours[row, column] - colours[other]
+                    S[here, other[0] * width + other[1]] += math.exp(-float(unlike @ unlike) / (2 * sigma**2))
+        S[here, here] += eps_self
+    return normalised(S)
+
+
+def shrunk(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """[3, H, W] at another size, each pixel the mean of those that it covers, wholly or in part."""
+    out = np.zeros((len(image), *size))
+    for row, column in np.ndindex(*size):
+        rows, columns = (
+            slice(k * old // new, -(-(k + 1) * old // new))
+            for k, old, new in zip((row, column), image.shape[1:], size, strict=True)
+        )
+        out[:, row, column] = image[:, rows, columns].mean((1, 2))
+    return out
