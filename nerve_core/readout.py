@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .walk.edges import PixelTransition
+
 READOUTS = ("argmax", "presence_minmax", "presence_max", "minmax")
 """Names of what is compared at a pixel: see `ReadoutConfig`."""
 _CLIPER_READOUTS = ("presence_max", "minmax")
@@ -75,6 +77,19 @@ class Readout:
 
 
 @dataclass(frozen=True)
+class LabelMaps:
+    """What competes for the pixels after the edges, on the working size; a label's queries are merged by their maximum.
+
+    maps: float32 [k, rows, columns] of the labels that win at a token or more. labels: int64 [k], ascending, 0 the
+    background. asked: float32 [., rows, columns], the maps of classes that were asked for, which need not compete.
+    """
+
+    maps: Tensor
+    labels: Tensor
+    asked: Tensor
+
+
+@dataclass(frozen=True)
 class ClassConfidence:
     """What was found of one name.
 
@@ -99,6 +114,54 @@ def presence(before: Tensor, after: Tensor) -> Tensor:
     return (before.amax(0) + after.amax(0)) / 2
 
 
+def _compared(G: Tensor, P: Tensor, classes: Tensor, names: int, config: ReadoutConfig) -> tuple[Tensor, Tensor]:
+    """What is compared, [N, queries], and the presence of each label [names + 1]."""
+    found = presence(G, P)
+    of_class = torch.zeros(names + 1, device=P.device).scatter_reduce(0, classes, found, "amax")
+    if config.readout != "argmax":
+        low = P.amin(0) if config.readout.endswith("minmax") else torch.zeros_like(found)
+        P = (P - low) / (P.amax(0) - low).clamp_min(1e-12)
+        if config.readout.startswith("presence"):
+            P = P * found
+    if config.readout in _CLIPER_READOUTS:
+        P = P * ((classes > 0) & (of_class >= config.presence_threshold)[classes])
+    return P, of_class
+
+
+@torch.inference_mode()
+def carry_labels(
+    G: Tensor,
+    P: Tensor,
+    classes: Tensor,
+    names: int,
+    grid: tuple[int, int],
+    config: ReadoutConfig,
+    edges: PixelTransition,
+    maps: Sequence[int] = (),
+) -> LabelMaps:
+    """What `read_out` compares, carried along the image's own pixels; waits for the device once, to count the labels.
+
+    G, P, classes, names, grid, config: as for `read_out`. Labels that win at no token are left out, so that neither the
+    labels nor the time depend on how many of them there are; as S averages, they and whatever else is left out are the
+    remainder to 1 at every pixel. maps: labels whose maps are wanted whether they win or not.
+    """
+    values = _compared(G, P, classes, names, config)[0].T  # [queries, N]
+    merged = values.new_zeros((names + 1, values.shape[1]))
+    merged = merged.scatter_reduce(0, classes[:, None].expand_as(values), values, "amax")
+    wins = ((merged == merged.amax(0)) & (merged > 0)).any(1)
+    winning = wins.nonzero()[:, 0].tolist() or [0]
+    merged = merged.unflatten(1, grid)
+    drawn = edges.carry(merged[winning])
+    labels = torch.tensor(winning, device=P.device)
+    others = [label for label in dict.fromkeys(maps) if label not in winning]
+    if not others:
+        return LabelMaps(drawn, labels, drawn[[winning.index(label) for label in maps]])
+    # By themselves: how many maps are carried at once changes their last bits, and no question may change a label.
+    known = [*winning, *others]
+    asked = torch.cat((drawn, edges.carry(merged[others])))[[known.index(label) for label in maps]]
+    return LabelMaps(drawn, labels, asked)
+
+
 @torch.inference_mode()
 def read_out(
     G: Tensor,
@@ -109,6 +172,7 @@ def read_out(
     size: tuple[int, int],
     config: ReadoutConfig,
     maps: Sequence[Sequence[int]] = (),
+    drawn: LabelMaps | None = None,
 ) -> Readout:
     """Name every pixel of an image of `size` (rows, columns); never waits for the device.
 
@@ -116,33 +180,37 @@ def read_out(
     label of each query, 0 for negatives. The queries of a class are merged by their maximum at each pixel, after
     resizing P bilinearly. A pixel is background where a negative wins, where the winner is under `threshold`, or its
     class under `presence_threshold`; of equals the lowest label wins, and background last. maps: for each map that is
-    requested too, the queries of its class.
+    requested too, the queries of its class. drawn: what `carry_labels` made of the same G and P; its maps are compared
+    in place of P's, and those requested of it are the maps. Presence is G's and P's all the same; the peak of a label
+    that competes is its map's, where the readout compares probabilities.
 
     P must be >= 0. Where its rows are no distributions, as with some of the refinements that the walk is compared with,
     labels are still those of the greatest value; confidence, presence and peak are then that value, no probability, and
     confidence is clipped to 0..1.
     """
     device = P.device
-    found = presence(G, P)
-    of_class = torch.zeros(names + 1, device=device).scatter_reduce(0, classes, found, "amax")
+    compared, of_class = _compared(G, P, classes, names, config)
     peak = torch.zeros(names + 1, device=device).scatter_reduce(0, classes, P.amax(0), "amax")
-    if config.readout != "argmax":
-        low = P.amin(0) if config.readout.endswith("minmax") else torch.zeros_like(found)
-        P = (P - low) / (P.amax(0) - low).clamp_min(1e-12)
-        if config.readout.startswith("presence"):
-            P = P * found
-    if config.readout in _CLIPER_READOUTS:
-        P = P * ((classes > 0) & (of_class >= config.presence_threshold)[classes])
+    if drawn is None:
+        source = compared.T.unflatten(-1, grid)
+        asked = [torch.tensor(queries, device=device) for queries in maps]
+    else:
+        source, classes = drawn.maps, drawn.labels
+        if config.readout == "argmax":
+            peak = peak.scatter(0, classes, source.flatten(1).amax(1))
     best = torch.empty(size, device=device)
     winner = torch.empty(size, device=device)
     # A maximum over ranks finds the winner's label several times faster than a maximum that keeps its index.
     label_of = torch.where(of_class < config.presence_threshold, 0, torch.arange(names + 1, device=device))[classes]
     dense = torch.empty((len(maps), *size), dtype=torch.uint8, device=device)
-    members = [torch.tensor(queries, device=device) for queries in maps]
     rank = ((names + 1 - label_of) % (names + 1)).float()[:, None, None]  # background 0, the first name highest
-    for rows, scores in _resized(P.T.unflatten(-1, grid), size):
-        for plane, queries in zip(dense, members, strict=True):
-            plane[rows] = _in_255ths(scores.index_select(0, queries).amax(0))
+    if drawn is not None and len(maps):
+        for rows, values in _resized(drawn.asked, size):
+            dense[:, rows] = _in_255ths(values)
+    for rows, scores in _resized(source, size):
+        if drawn is None:
+            for plane, queries in zip(dense, asked, strict=True):
+                plane[rows] = _in_255ths(scores.index_select(0, queries).amax(0))
         torch.amax(scores, 0, out=best[rows])
         torch.amax(scores.eq_(best[rows]).mul_(rank), 0, out=winner[rows])
     labels = (names + 1 - winner) % (names + 1)

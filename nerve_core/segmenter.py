@@ -1,4 +1,4 @@
-"""The Segmenter labels every pixel of an image by a vocabulary: (CLIP patches; Q, K) -> G -> S -> P -> labels."""
+"""The Segmenter labels every pixel of an image: (CLIP patches; Q, K) -> G -> S -> P -> edges -> labels."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .models.weights import hub_is_off
 from .networks.dense_clip import DenseClip
 from .networks.diffusion import DiffusionConfig, DiffusionTaps
 from .networks.frame import GRAPH_AFTER, FrameFeatures, FramePart, Stopwatch
-from .readout import ClassConfidence, describe_classes, read_out
+from .readout import ClassConfidence, carry_labels, describe_classes, read_out
 from .settings import Settings
 from .text.cache import EmbeddingCache, cache_folder
 from .text.encoder import QueryEmbeddings, TextEncoder, exhaust, vocabulary_steps
@@ -37,8 +37,9 @@ _Parameters = ParamSpec("_Parameters")
 _Result = TypeVar("_Result")
 _VOCABULARIES_KEPT = 32
 _log = logging.getLogger(__name__)
-STAGES = ("preprocess", "clip", "diffusion", "probabilities", "refine", "readout")
-"""Stages that are timed; on CUDA "networks" stands for "clip" and "diffusion", which overlap."""
+STAGES = ("preprocess", "clip", "diffusion", "probabilities", "refine", "edges", "readout")
+"""Stages that are timed; on CUDA "networks" stands for "clip" and "diffusion", which overlap, and for S between pixels,
+which elsewhere counts among "edges"."""
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,9 @@ class Segmenter:
             raise ModelError(
                 f"the diffusion model of pair {found.name!r} does not fit its settings: {error}"
             ) from error
-        frame = FramePart(DenseClip(clip.model, chosen.clip), taps, where, overlap=overlap, compiled=compile)
+        frame = FramePart(
+            DenseClip(clip.model, chosen.clip), taps, where, edges=chosen.edges, overlap=overlap, compiled=compile
+        )
         return cls(found.name, frame, text, chosen, where, precision)
 
     @property
@@ -277,16 +280,13 @@ class Segmenter:
             keep = self.settings.walk.previous_frame_start
             self._previous = (queries, encoded.size, refined.P) if keep else None
         watch.lap("refine")
-        read = read_out(
-            G,
-            refined.P,
-            queries.classes,
-            len(queries.names),
-            self.grid,
-            encoded.size,
-            self.settings.readout,
-            [_queries_of(queries.vocabulary, label) for label in maps],
-        ).to_host()
+        config, names = self.settings.readout, len(queries.names)
+        drawn = None
+        if features.edges is not None:
+            drawn = carry_labels(G, refined.P, queries.classes, names, self.grid, config, features.edges, maps)
+        watch.lap("edges")
+        asked = [_queries_of(queries.vocabulary, label) for label in maps]
+        read = read_out(G, refined.P, queries.classes, names, self.grid, encoded.size, config, asked, drawn).to_host()
         if not bool(read.presence.isfinite().all()):
             raise RuntimeError(
                 f"the networks' values overflow in {str(self.dtype).removeprefix('torch.')}; use precision bf16 or fp32"
@@ -294,7 +294,9 @@ class Segmenter:
         labels, confidence = read.labels.numpy(), read.confidence.numpy()
         found = describe_classes(queries.names, read)
         watch.lap("readout")
-        timings = encoded.watch.milliseconds() | watch.milliseconds()
+        before, times = encoded.watch.milliseconds(), watch.milliseconds()
+        times["edges"] += before.pop("edges", 0.0)
+        timings = before | times
         timings["total"] = sum(time for stage, time in timings.items() if stage != "total")
         return Segmentation(labels, confidence, queries.names, found, timings, refined.operator, read.maps.numpy())
 

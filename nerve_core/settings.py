@@ -12,6 +12,7 @@ from .networks.dense_clip import ClipConfig
 from .networks.diffusion import DiffusionConfig
 from .readout import ReadoutConfig
 from .walk.affinity import AffinityConfig
+from .walk.edges import EdgesConfig
 from .walk.fusion import FusionConfig
 from .walk.random_walk import WalkConfig
 
@@ -27,6 +28,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "combine": "transitions",
         "head_weights": "entropy",
         "timestep": 100,
+        "edges": "none",
     },
 }
 """Named sets of overrides. `paper` is the published method as far as it is stated: L = 40 and t = 100 are the authors',
@@ -54,6 +56,7 @@ class Settings:
     affinity: AffinityConfig = field(default_factory=AffinityConfig)
     fusion: FusionConfig = field(default_factory=FusionConfig)
     walk: WalkConfig = field(default_factory=WalkConfig)
+    edges: EdgesConfig = field(default_factory=EdgesConfig)
     readout: ReadoutConfig = field(default_factory=ReadoutConfig)
 
     @classmethod

@@ -142,13 +142,16 @@ def _axes(
     refine: Annotated[
         str | None, typer.Option(help="Refinements, with commas between: nerve, none, iseg, sd_mean, sfsa.")
     ] = None,
-    post: Annotated[str | None, typer.Option(help="Post-processing, with commas between: none, pamr.")] = None,
+    edges: Annotated[
+        str | None,
+        typer.Option(help="How labels keep to the image's edges, with commas between: none, pixels, pamr."),
+    ] = None,
     readout: Annotated[
         str | None, typer.Option(help="Readouts, with commas between: argmax, presence_minmax, presence_max, minmax.")
     ] = None,
 ) -> dict[str, Sequence[str]]:
     """What is compared: axis -> values."""
-    given = {"refine": refine, "head": head, "post": post, "readout": readout}
+    given = {"refine": refine, "head": head, "edges": edges, "readout": readout}
     return {axis: words(text) for axis, text in given.items() if text}
 
 

@@ -32,10 +32,12 @@ STEPS = (0, 5, 10, 20, 40)
 TABLES: dict[str, str] = {
     "table1": "Table 1: the method on every set",
     "table3": "Table 3: one head, all heads alike, or weighed by entropy",
-    "table4": "Table 4: local, global and both, with and without the walk",
+    "table4": "Table 4: local, global and both, with and without the walk, and the image's edges",
     "fig2": "Figure 2: the truncated walk of L steps",
 }
 """The paper's tables by name, and their titles. Rows of Tables 3 and 4 are our reading of what they compare."""
+_AS_PUBLISHED = {"edges": "none"}
+"""The paper has nothing between the walk and the readout: its tables 3 and 4 and Fig. 2 are measured without."""
 
 
 def table_variants(
@@ -44,27 +46,33 @@ def table_variants(
     """The rows of a table, one of `TABLES`.
 
     model, settings: the pair that is measured and what its settings are but for the row's own. axes: of Table 1, what
-    is measured besides the method: heads, refinements, post-processing. Raises ModelError, ValueError.
+    is measured besides the method: heads, refinements, edges, readouts. Raises ModelError, ValueError.
     """
     if table == "table1":
         others = combinations(axes) if any(axes.values()) else ()
         rows = (Variant("nerve"), *(other for other in others if other.name != "nerve"))
     elif table == "table3":
         rows = (
-            *(Variant(f"single, head {head}", {"head_weights": head}) for head in range(count_heads(model, settings))),
-            Variant("mean", {"head_weights": "mean"}),
-            Variant("weighted by entropy", {"head_weights": "entropy"}),
+            *(
+                Variant(f"single, head {head}", {"head_weights": head, **_AS_PUBLISHED})
+                for head in range(count_heads(model, settings))
+            ),
+            Variant("mean", {"head_weights": "mean", **_AS_PUBLISHED}),
+            Variant("weighted by entropy", {"head_weights": "entropy", **_AS_PUBLISHED}),
         )
     elif table == "table4":
         rows = (
-            Variant("CLIP alone (G)", refine="none"),
-            Variant("local only (beta 0)", {"beta": 0.0}),
-            Variant("global only (beta 1)", {"beta": 1.0}),
-            Variant("global + local, one step", {"steps": 1}),
-            Variant("global + local + walk (full NERVE)"),
+            Variant("CLIP alone (G)", _AS_PUBLISHED, refine="none"),
+            Variant("local only (beta 0)", {"beta": 0.0, **_AS_PUBLISHED}),
+            Variant("global only (beta 1)", {"beta": 1.0, **_AS_PUBLISHED}),
+            Variant("global + local, one step", {"steps": 1, **_AS_PUBLISHED}),
+            Variant("global + local + walk (full NERVE)", _AS_PUBLISHED),
+            Variant("full NERVE + edges", {"edges": "pixels"}),
         )
     elif table == "fig2":
-        rows = tuple(Variant(f"L = {steps}", {"method": "truncated", "steps": steps}) for steps in STEPS)
+        rows = tuple(
+            Variant(f"L = {steps}", {"method": "truncated", "steps": steps, **_AS_PUBLISHED}) for steps in STEPS
+        )
     else:
         raise ValueError(f"table {table!r} is unknown; choose one of {', '.join(TABLES)}")
     return rows

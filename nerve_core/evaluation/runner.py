@@ -83,8 +83,7 @@ def describe(task: Task) -> dict[str, Any]:
         "versions": versions(),
         "code": _code(),
         "variants": {
-            variant.name: {"refine": str(variant.refine), "post": variant.post, **settings[variant.name].flat()}
-            for variant in task.variants
+            variant.name: {"refine": str(variant.refine), **settings[variant.name].flat()} for variant in task.variants
         },
     }
     return json.loads(json.dumps(plain))

@@ -29,6 +29,11 @@ AXES: dict[str, tuple[Overrides, ...]] = {
     "alpha": tuple({"alpha": alpha} for alpha in (0.5, 0.7, 0.8, 0.9, 0.95)),
     "c": tuple({"c": c} for c in (0.0, 3.0, 10.0, 30.0, 100.0)),
     "steps": tuple({"steps": steps} for steps in (4, 8, 16, 32)),
+    "edges": (
+        {"edges": "none"},
+        *({"edges": "pixels", "edge_sigma": sigma} for sigma in (2.0, 4.0, 8.0)),
+        *({"edges": "pixels", "edge_steps": steps} for steps in (4, 16)),
+    ),
     "threshold": tuple({"threshold": threshold} for threshold in (0.0, 0.05, 0.1, 0.2, 0.3)),
 }
 """What is tried, one axis after the other."""
@@ -149,7 +154,7 @@ def curves(set_name: str, base: Settings, trials: Sequence[Trial]) -> tuple[Curv
     found = []
     for axis in dict.fromkeys(trial.axis for trial in trials):
         first = [trial for trial in trials if trial.axis == axis and trial.round == 1]
-        if not first or axis in ("head", "kernel"):
+        if not first or axis in ("head", "kernel", "edges"):
             continue
         points = {float(trial.settings.get(axis, base.flat()[axis])): trial.miou for trial in first}
         values = {x: y for x, y in sorted(points.items()) if not math.isnan(y)}

@@ -16,16 +16,16 @@ from ..models.pairs import find_pair
 from ..networks.dense_clip import ClipConfig
 from ..networks.diffusion import DiffusionConfig
 from ..networks.frame import FramePart
-from ..readout import read_out
+from ..readout import carry_labels, read_out
 from ..segmenter import Segmenter, check_image
 from ..settings import Settings
 from ..text.encoder import QueryEmbeddings
 from ..text.vocabulary import Vocabulary
 from ..walk.affinity import KERNELS
+from ..walk.edges import pixel_transition
 from ..walk.fusion import COLUMNS, fuse
 from ..walk.random_walk import walk_from
 from ..walk.workspace import Workspace
-from .postprocess import POST, pamr
 from .refinements import REFINEMENTS, Refine, refinement
 
 Value = TypeVar("Value")
@@ -36,33 +36,30 @@ class Variant:
     """One way of segmenting.
 
     settings: overrides of a model pair's settings by flat name, `head` among them. refine: one of `REFINEMENTS`, or a
-    function of Q, K and G. post: one of `POST`. Raises ValueError for a name that is unknown.
+    function of Q, K and G. Raises ValueError for a name that is unknown.
     """
 
     name: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     refine: str | Refine = "nerve"
-    post: str = "none"
 
     def __post_init__(self) -> None:
         if isinstance(self.refine, str) and self.refine not in REFINEMENTS:
             raise ValueError(f"refinement {self.refine!r} is unknown; choose one of {', '.join(REFINEMENTS)}")
-        if self.post not in POST:
-            raise ValueError(f"post-processing {self.post!r} is unknown; choose one of {', '.join(POST)}")
 
 
 def combinations(axes: Mapping[str, Sequence[Any]]) -> tuple[Variant, ...]:
     """A variant for each combination of values, in their order; named by the values that vary.
 
-    axes: setting, "refine" or "post" -> its values. An axis of no values is left out.
+    axes: setting or "refine" -> its values. An axis of no values is left out.
     """
     axes = {axis: values for axis, values in axes.items() if values}
     found = []
     for values in itertools.product(*axes.values()):
         chosen = dict(zip(axes, values, strict=True))
         name = ", ".join(str(value) for axis, value in chosen.items() if len(axes[axis]) > 1)
-        special = {axis: chosen.pop(axis) for axis in ("refine", "post") if axis in chosen}
-        found.append(Variant(name or str(special.get("refine", "nerve")), chosen, **special))
+        refine = chosen.pop("refine", "nerve")
+        found.append(Variant(name or str(refine), chosen, refine))
     return tuple(found)
 
 
@@ -128,7 +125,7 @@ class Variants:
                 towers.setdefault(chosen.clip, loaded)
                 branches.setdefault(chosen.diffusion, loaded)
             seeing, taps = towers[chosen.clip], branches[chosen.diffusion].frame_part.taps
-            frame = FramePart(seeing.frame_part.clip, taps, seeing.device, overlap=False)
+            frame = FramePart(seeing.frame_part.clip, taps, seeing.device, edges=chosen.edges, overlap=False)
             self._segmenters[name] = Segmenter(
                 seeing.pair_name, frame, seeing.text, chosen, seeing.device, seeing.dtype
             )
@@ -178,11 +175,10 @@ class Variants:
         G = once((s.clip, s.diffusion), lambda: frame.clip.probabilities(patches, queries.embeddings, segmenter.grid))
         key = (variant.refine, _transition_of(s), s.walk)
         P = once(key, lambda: self._refined(variant, segmenter, Q, K, G, once))
-        grid = segmenter.grid
-        if variant.post == "pamr":
-            scores = once.last("scores", key, lambda: pamr(pixels, P.T.unflatten(-1, segmenter.grid)))
-            P, grid = scores.flatten(1).T, (scores.shape[1], scores.shape[2])
-        read = read_out(G, P, queries.classes, len(queries.names), grid, size, s.readout)
+        edges = once(s.edges, lambda: pixel_transition(pixels, s.edges))
+        what = G, P, queries.classes, len(queries.names), segmenter.grid
+        drawn = None if edges is None else carry_labels(*what, s.readout, edges)
+        read = read_out(*what, size, s.readout, drawn=drawn)
         if not bool(read.presence.isfinite().all()):
             raise RuntimeError(
                 f"the networks' values overflow in {str(segmenter.dtype).removeprefix('torch.')}; "

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..walk.edges import EdgesConfig, PixelTransition, pixel_transition
 from .dense_clip import DenseClip, PatchFeatures
 from .diffusion import DiffusionTaps
 
@@ -28,13 +29,14 @@ _log = logging.getLogger(__name__)
 class FrameFeatures:
     """The networks' output for one image, for any vocabulary.
 
-    patches: of CLIP. Q, K: [heads, N, D] in the networks' dtype. With CUDA graphs all of them are overwritten by the
-    next image of that size.
+    patches: of CLIP. Q, K: [heads, N, D] in the networks' dtype. edges: S between the image's own pixels, None where
+    the settings want none. With CUDA graphs all of them are overwritten by the next image of that size.
     """
 
     patches: PatchFeatures
     Q: Tensor
     K: Tensor
+    edges: PixelTransition | None = None
 
 
 @dataclass(frozen=True)
@@ -56,13 +58,14 @@ class FramePart:
         taps: DiffusionTaps,
         device: torch.device,
         *,
+        edges: EdgesConfig,
         overlap: bool = True,
         compiled: bool = False,
     ) -> None:
-        """overlap: on CUDA, run the networks at once on two streams, from a graph for image sizes that come again; else
-        one after the other, each timed by itself. compiled: run them through torch.compile; where that fails, a warning
-        says why and they run as they are."""
-        self.clip, self.taps, self.device = clip, taps, device
+        """edges: how S between the image's pixels is made. overlap: on CUDA, run the networks at once on two streams, from
+        a graph for image sizes that come again; else one after the other, each timed by itself. compiled: run them
+        through torch.compile; where that fails, a warning says why and they run as they are."""
+        self.clip, self.taps, self.edges, self.device = clip, taps, edges, device
         if compiled and device.type == "cpu":
             _log.warning("torch.compile is left out: on the CPU the networks' layers are oneDNN's own already")
             compiled = False
@@ -76,8 +79,8 @@ class FramePart:
 
     @torch.inference_mode()
     def __call__(self, image: np.ndarray, lap: Callable[[str], None] = lambda stage: None) -> FrameFeatures:
-        """image: uint8 [H, W, 3], RGB. lap: called at the end of each stage with its name: "preprocess", then "clip"
-        and "diffusion", or "networks" where they overlap."""
+        """image: uint8 [H, W, 3], RGB. lap: called at the end of each stage with its name: "preprocess", then "edges",
+        "clip" and "diffusion", or "networks" where they overlap."""
         second = self._second
         captured = None if second is None else self._captured(tuple(image.shape), second)
         raw = torch.empty(image.shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
@@ -85,11 +88,13 @@ class FramePart:
         if second is None:
             pixels = _pixels(raw.to(self.device, non_blocking=True))
             lap("preprocess")
+            edges = pixel_transition(pixels, self.edges)
+            lap("edges")
             patches = self._run_clip(pixels)
             lap("clip")
             Q, K = self._run_taps(pixels)
             lap("diffusion")
-            return FrameFeatures(patches, Q, K)
+            return FrameFeatures(patches, Q, K, edges)
         if captured is None:
             raw = raw.to(self.device, non_blocking=True)
             lap("preprocess")
@@ -116,9 +121,10 @@ class FramePart:
         second.wait_stream(main)
         with torch.cuda.stream(second):
             patches = self._run_clip(pixels)
+            edges = pixel_transition(pixels, self.edges)
         Q, K = self._run_taps(pixels)
         main.wait_stream(second)
-        return FrameFeatures(patches, Q, K)
+        return FrameFeatures(patches, Q, K, edges)
 
     def _captured(self, shape: tuple[int, ...], second: torch.cuda.Stream) -> _Captured | None:
         """The graph of a size that has come often enough; None while it has not, or where capture failed."""

@@ -31,7 +31,8 @@ class EdgesConfig:
 
     edges: one of `EDGES`. "none": P is upsampled bilinearly. "pixels": the settings below. "pamr": pixel-adaptive mask
     refinement as published (`pamr`), by settings of its own. edge_steps: products with S, >= 0. edge_distances: of the
-    8 neighbours each, in pixels of the working size, >= 1. edge_sigma: colour difference (CIELAB, L in 0..100) at which
+    8 neighbours each, >= 1, in pixels where the working size has its longer side at edge_size; where it is smaller
+    they are smaller in proportion, never below 1. edge_sigma: colour difference (CIELAB, L in 0..100) at which
     an affinity has fallen to 0.61; smaller is sharper, at least 0.1. edge_size: longer side of the working size in
     pixels, >= 1; a smaller image is worked on at its own size. Raises ValueError.
     """
@@ -89,7 +90,7 @@ class PixelTransition:
         X = maps.permute(1, 2, 0).flatten(0, 1).contiguous()
         for _ in range(self.steps):
             X = self.apply(X)
-        return X.T.unflatten(1, self.size)
+        return X.T.contiguous().unflatten(1, self.size)
 
 
 def working_size(size: tuple[int, int], longest: int) -> tuple[int, int]:
@@ -134,7 +135,9 @@ def _by_colour(pixels: Tensor, config: EdgesConfig) -> PixelTransition:
     """
     size = working_size((pixels.shape[2], pixels.shape[3]), config.edge_size)
     colours = lab(_shrunk(pixels, size)) / (math.sqrt(2) * config.edge_sigma)  # [3, rows, columns]
-    offsets = (*_offsets(config.edge_distances), (0, 0))
+    scale = max(size) / config.edge_size
+    distances = sorted({max(1, round(scale * distance)) for distance in config.edge_distances})
+    offsets = (*_offsets(distances), (0, 0))
     affinity = colours.new_zeros((len(offsets), *size))
     affinity[-1] = SELF
     for place, (down, right) in enumerate(offsets):

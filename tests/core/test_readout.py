@@ -8,10 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nerve_core import readout
-from nerve_core.readout import Readout, ReadoutConfig, describe_classes, presence, read_out
-from small_models import slow_bilinear
+from nerve_core.readout import Readout, ReadoutConfig, carry_labels, describe_classes, presence, read_out
+from nerve_core.walk.edges import EdgesConfig, pixel_transition
+from small_models import picture, slow_bilinear
 
 
 def probabilities(tokens, queries, seed, sharpness=3.0):
@@ -373,3 +375,135 @@ def test_a_description_of_254_classes_counts_every_pixel_once():
     assert found[253].box == (16, 14, 1, 1)
     assert found[253].mean_probability == pytest.approx(254 / 255)
     assert max(item.presence for item in found) == 1  # rounding above 1 is cut
+
+
+# --- along the image's own pixels ---------------------------------------------------------------------------
+
+READOUTS_OF_ALL_KINDS = [
+    ReadoutConfig(),
+    ReadoutConfig(threshold=0.4, presence_threshold=0.5),
+    ReadoutConfig("presence_minmax", presence_threshold=0.5),
+    ReadoutConfig("presence_max", threshold=0.2),
+    ReadoutConfig("minmax", threshold=0.5),
+]
+
+
+def drawn_and_read(G, P, classes, names, grid, size, config, maps=(), **edges):
+    """Labels carried along a made-up picture's pixels and read; the label maps, and what was read."""
+    of = torch.tensor(classes)
+    along = pixel_transition(
+        picture(*size), EdgesConfig(**{"edge_size": max(size), "edge_steps": 3, "edge_distances": (1, 3), **edges})
+    )
+    drawn = carry_labels(G, P, of, names, grid, config, along, maps)
+    return drawn, read_out(G, P, of, names, grid, size, config, [()] * len(maps), drawn)
+
+
+@pytest.mark.parametrize("config", READOUTS_OF_ALL_KINDS, ids=str)
+@given(seed=st.integers(0, 99))
+@settings(max_examples=8)
+def test_maps_that_were_carried_are_compared_in_place_of_the_tokens(config, seed):
+    grid, size, classes = (4, 5), (13, 17), [2, 1, 2, 0, 3, 0]
+    G, P = probabilities(20, 6, seed), probabilities(20, 6, seed + 1)
+    drawn, read = drawn_and_read(G, P, classes, 3, grid, size, config)
+    plain = read_out(G, P, torch.tensor(classes), 3, grid, size, config)
+    planes = drawn.maps.double().numpy()  # of the image's own size: it is small
+    assert planes.shape[1:] == size
+    best = planes.max(0)
+    np.testing.assert_allclose(read.confidence.numpy(), best * 255, rtol=0, atol=0.5 + 1e-3)
+    labels = drawn.labels.numpy()[planes.argmax(0)]
+    weak = [label for label in (1, 2, 3) if plain.presence[label - 1] < config.presence_threshold]
+    labels[(best < config.threshold) | np.isin(labels, weak)] = 0
+    ordered = np.sort(np.concatenate((planes, np.full((1, *size), -1.0))), 0)
+    clear = (ordered[-1] - ordered[-2] > 1e-5) & (abs(best - config.threshold) > 1e-5)
+    np.testing.assert_array_equal(read.labels.numpy()[clear], labels[clear])
+    assert torch.equal(read.presence, plain.presence)  # as it is defined: before
+    assert_counted(read, 3)
+
+
+@given(st.integers(0, 99), st.integers(1, 6), st.sampled_from(READOUTS_OF_ALL_KINDS[:2]))
+@settings(max_examples=25)
+def test_names_that_win_nowhere_change_no_label_and_no_confidence(seed, more, config):
+    grid, size, names = (4, 5), (13, 17), 3
+    classes = [2, 1, 0, 3]
+    G, P = probabilities(20, 4, seed), probabilities(20, 4, seed + 1)
+    _, before = drawn_and_read(G, P, classes, names, grid, size, config)
+    winners = P.amax(1, keepdim=True)
+    losers = torch.rand((20, more), generator=torch.Generator().manual_seed(seed)) * 0.99 * winners
+    many = (torch.cat((G, losers), 1), torch.cat((P, losers), 1), [*classes, *range(4, 4 + more)])
+    drawn, after = drawn_and_read(*many, names + more, grid, size, config)
+    assert len(drawn.maps) <= 4
+    assert torch.equal(after.labels, before.labels)
+    assert torch.equal(after.confidence, before.confidence)
+    assert torch.equal(after.presence[:3], before.presence)
+
+
+@given(seed=st.integers(0, 99))
+@settings(max_examples=25)
+def test_rows_stay_distributions_with_what_is_left_out_as_a_remainder(seed):
+    G, P = probabilities(20, 9, seed), probabilities(20, 9, seed + 1)
+    drawn, read = drawn_and_read(G, P, list(range(9)), 8, (4, 5), (13, 17), ReadoutConfig())
+    assert (drawn.maps >= 0).all()
+    assert (drawn.maps.sum(0) <= 1 + 1e-5).all()
+    for label, plane in zip(drawn.labels.tolist(), drawn.maps, strict=True):
+        if label:
+            assert read.peak[label - 1] == plane.amax()
+            assert plane.amax() <= P[:, label].amax() + 1e-6
+
+
+def test_a_label_that_wins_nowhere_keeps_the_peak_that_it_has_on_the_tokens():
+    P = torch.tensor([[0.6, 0.3, 0.1], [0.5, 0.1, 0.4]])
+    drawn, read = drawn_and_read(P, P, [1, 2, 0], 2, (1, 2), (2, 4), ReadoutConfig(), edge_sigma=100.0)
+    assert drawn.labels.tolist() == [1]
+    assert read.peak[1] == pytest.approx(0.3)
+    assert read.peak[0] < 0.6
+    assert set(read.labels.unique().tolist()) == {1}
+
+
+def test_maps_that_are_asked_for_are_carried_too_and_change_nothing_else():
+    grid, size, classes = (4, 5), (13, 17), [1, 2, 3, 0, 2]
+    G, P = probabilities(20, 5, 0), probabilities(20, 5, 1)
+    P[:, 2] = 0.05 * P[:, [0, 1, 3, 4]].amax(1)  # wins nowhere
+    plain, without = drawn_and_read(G, P, classes, 3, grid, size, ReadoutConfig())
+    assert 3 not in plain.labels
+    drawn, read = drawn_and_read(G, P, classes, 3, grid, size, ReadoutConfig(), maps=(3, 2, 3))
+    assert torch.equal(drawn.maps, plain.maps)
+    assert torch.equal(read.labels, without.labels)
+    assert torch.equal(read.confidence, without.confidence)
+    along = pixel_transition(picture(*size), EdgesConfig(edge_size=17, edge_steps=3, edge_distances=(1, 3)))
+    wanted = along.carry(torch.stack((P[:, 2], P[:, [1, 4]].amax(1))).unflatten(1, grid))[[0, 1, 0]]
+    np.testing.assert_allclose(read.maps.numpy(), 255 * wanted.numpy(), rtol=0, atol=0.5 + 1e-3)
+    assert torch.equal(read.maps[1][read.labels == 2], read.confidence[read.labels == 2])
+
+
+def test_of_nothing_that_competes_everything_is_background():
+    P = torch.full((4, 2), 0.5)
+    config = ReadoutConfig("presence_max", threshold=0.5, presence_threshold=1.0)
+    assert drawn_and_read(P, P, [1, 0], 1, (2, 2), (6, 5), config)[1].labels.eq(0).all()
+
+
+class _Largest(TorchDispatchMode):
+    """Keeps the greatest number of floating-point values that any operation returned."""
+
+    values = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        result = function(*arguments, **(named or {}))
+        for x in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(x, torch.Tensor) and x.is_floating_point():
+                self.values = max(self.values, x.numel())
+        return result
+
+
+@pytest.mark.parametrize("names", [6, 60])
+def test_no_labels_are_held_as_numbers_at_the_size_of_the_image(names):
+    size, grid = (1080, 1920), (36, 48)
+    winning = probabilities(grid[0] * grid[1], 6, 0)  # five names and the background
+    G = P = torch.cat((winning, torch.full((len(winning), names - 5), 1e-3)), 1)
+    classes = torch.arange(names + 1)
+    along = pixel_transition(picture(*size), EdgesConfig())
+    with _Largest() as largest:
+        drawn = carry_labels(G, P, classes, names, grid, ReadoutConfig(), along)
+        read = read_out(G, P, classes, names, grid, size, ReadoutConfig(), drawn=drawn)
+    assert len(drawn.maps) == 6
+    assert tuple(read.labels.shape) == size
+    assert largest.values <= size[0] * size[1]  # one plane, not one a label

@@ -18,9 +18,10 @@ from nerve_core import ClassConfidence, OutOfMemory, Segmentation, Segmenter, Vo
 from nerve_core import segmenter as module
 from nerve_core.embedded.scenes import NAMES, draw_scene
 from nerve_core.models.pairs import find_pair
-from nerve_core.readout import describe_classes, read_out
+from nerve_core.readout import carry_labels, describe_classes, read_out
 from nerve_core.segmenter import STAGES
 from nerve_core.text.encoder import exhaust, vocabulary_steps
+from nerve_core.walk.edges import pixel_transition
 
 # a fraction of the pair's tokens and templates: the same path in a fraction of the time
 SMALL = {"input_size": (64, 96), "short_side": 72, "templates": ("a {}.",)}
@@ -95,7 +96,10 @@ def test_a_frame_is_its_rooms_one_after_the_other(segmenter, scene):
     torch.testing.assert_close(G.sum(-1), torch.ones(len(G)), rtol=0, atol=1e-5)
     P = segmenter.refine(Q, K, G).P
     torch.testing.assert_close(P.sum(-1), torch.ones(len(P)), rtol=0, atol=1e-4)
-    read = read_out(G, P, queries.classes, 3, (rows, columns), (120, 160), segmenter.settings.readout)
+    pixels = torch.from_numpy(scene.image).permute(2, 0, 1)[None].float() / 255
+    edges = pixel_transition(pixels, segmenter.settings.edges)
+    stages, config = (G, P, queries.classes, 3, (rows, columns)), segmenter.settings.readout
+    read = read_out(*stages, (120, 160), config, drawn=carry_labels(*stages, config, edges))
     assert (found.labels == read.labels.numpy()).all()
     assert (found.confidence_u8 == read.confidence.numpy()).all()
     assert found.class_confidence == describe_classes(queries.names, read)
@@ -458,6 +462,8 @@ STAGES_THAT_ALLOCATE = {
         lambda s, image, queries: s(image, queries),
     ),
     "refine": ("nerve_core.segmenter.refine", lambda s, image, queries: s(image, queries)),
+    "edges": ("nerve_core.segmenter.carry_labels", lambda s, image, queries: s(image, queries)),
+    "pixels": ("nerve_core.networks.frame.pixel_transition", lambda s, image, queries: s.encode(image)),
     "readout": ("nerve_core.segmenter.read_out", lambda s, image, queries: s(image, queries)),
     "text": ("nerve_core.segmenter.vocabulary_steps", lambda s, image, queries: s.embed(Vocabulary(["new name"]))),
     "warm_up": ("nerve_core.segmenter.refine", lambda s, image, queries: s.warm_up()),

@@ -76,6 +76,12 @@ def test_an_unknown_name_is_refused_with_the_known_ones():
         {"short_side": "336"},
         {"logit_scale": "50"},
         {"logit_scale": math.inf},
+        {"edges": "crf"},
+        {"edge_steps": 2.5},
+        {"edge_distances": 4},
+        {"edge_distances": [0]},
+        {"edge_sigma": 0},
+        {"edge_size": "320"},
         {"threshold": "0.5"},
         {"presence_threshold": [1]},
         {"readout": "max"},
@@ -109,7 +115,7 @@ def test_presets_are_overrides_of_known_parameters():
     assert (paper.walk.method, paper.walk.steps) == ("truncated", 40)
     assert (paper.affinity.kernel, paper.fusion.beta, paper.fusion.c) == ("relu", 0.3, 10)
     assert (paper.fusion.combine, paper.fusion.head_weights) == ("transitions", "entropy")
-    assert (paper.walk.alpha, paper.diffusion.timestep) == (0.85, 100)
+    assert (paper.walk.alpha, paper.diffusion.timestep, paper.edges.edges) == (0.85, 100, "none")
     with pytest.raises(ValueError, match="pair, paper"):
         preset("best")
 
@@ -118,6 +124,7 @@ def test_presets_are_overrides_of_known_parameters():
 def test_the_settings_of_every_known_pair_are_valid(name):
     chosen = Settings().replaced(find_pair(name).settings)
     assert chosen.clip.negatives
+    assert chosen.edges.edges == "pixels"
     assert chosen.walk.method == "fixed_point"
 
 

@@ -88,7 +88,7 @@ def test_an_unreadable_image_is_named_and_the_others_are_done(nerve, folder, tmp
         (("eval", "scenes", "--count", "1", "--set", "kernel=cubic"), "choose one of"),
         (("eval", "scenes", "--count", "1", "--refine", "all"), "refinement 'all' is unknown; choose one of nerve"),
         (("eval", "scenes", "--count", "1", "--head", "none"), "head 'none' is unknown"),
-        (("eval", "scenes", "--count", "1", "--post", "crf"), "post-processing 'crf' is unknown"),
+        (("eval", "scenes", "--count", "1", "--edges", "crf"), "edges 'crf' is unknown"),
         (("eval", "scenes", "--count", "1", "--device", "tpu"), "auto, cpu, cuda"),
         (("eval", "scenes", "--count", "1", "--set", "previous_frame_start=true"), "leave it off"),
         (("eval", "scenes", "--count", "1", "--set", "@nowhere.json"), "nowhere.json"),

@@ -117,13 +117,21 @@ def test_words_of_a_protocol_are_queries_as_they_stand(together):
     assert len(segmenter.embed(vocabulary).embeddings) < 6
 
 
-def test_pamr_is_run_before_the_readout_and_once_for_two_readouts(monkeypatch):
-    ran = Counter()
-    monkeypatch.setattr(variants_module, "pamr", counted(ran, "pamr", variants_module.pamr))
-    rows = combinations({"post": ("none", "pamr"), "readout": ("argmax", "presence_minmax")})
+def test_pixels_are_compared_before_the_readout_and_once_for_two_readouts(monkeypatch):
+    ran, original = Counter(), variants_module.pixel_transition
+
+    def transition(pixels, config):
+        ran[config.edges] += 1
+        return original(pixels, config)
+
+    monkeypatch.setattr(variants_module, "pixel_transition", transition)
+    rows = combinations({"edges": ("none", "pixels", "pamr"), "readout": ("argmax", "presence_minmax")})
     found = Variants("embedded", rows, device="cpu")(SCENE.image, VOCABULARY)
-    assert ran["pamr"] == 1
-    assert (found["pamr, argmax"].labels != found["none, argmax"].labels).any()
+    assert ran == {"none": 1, "pixels": 1, "pamr": 1}
+    for edges in ("pixels", "pamr"):
+        assert (found[f"{edges}, argmax"].labels != found["none, argmax"].labels).any()
+        assert (found[f"{edges}, presence_minmax"].labels != found["none, presence_minmax"].labels).any()
+    assert (found["pamr, argmax"].labels != found["pixels, argmax"].labels).any()
 
 
 def test_values_that_overflow_are_said_and_not_scored(together, monkeypatch):
@@ -134,9 +142,10 @@ def test_values_that_overflow_are_said_and_not_scored(together, monkeypatch):
 
 
 def test_combinations_are_named_by_what_varies():
-    rows = combinations({"refine": ("nerve", "none"), "head": ("vanilla",), "post": ("none", "pamr"), "readout": ()})
+    rows = combinations({"refine": ("nerve", "none"), "head": ("vanilla",), "edges": ("none", "pamr"), "readout": ()})
     assert [row.name for row in rows] == ["nerve, none", "nerve, pamr", "none, none", "none, pamr"]
-    assert all(row.settings == {"head": "vanilla"} for row in rows)
+    assert [row.refine for row in rows] == ["nerve", "nerve", "none", "none"]
+    assert [row.settings for row in rows] == 2 * [{"head": "vanilla", "edges": edges} for edges in ("none", "pamr")]
     assert [row.name for row in combinations({})] == ["nerve"]
     assert [row.name for row in combinations({"refine": ("none",)})] == ["none"]
 
@@ -157,6 +166,7 @@ def test_a_variants_own_settings_stand_above_shared_ones_and_those_above_the_pre
         ([Variant("a", {"previous_frame_start": True})], "previous_frame_start"),
         ([Variant("a", {"speed": 1})], "unknown settings speed"),
         ([Variant("a", {"head": "clever"})], "head 'clever' is unknown"),
+        ([Variant("a", {"edges": "crf"})], "edges 'crf' is unknown; choose one of none, pixels, pamr"),
     ],
 )
 def test_variants_that_cannot_be_are_refused_before_anything_is_loaded(rows, said):
@@ -164,8 +174,6 @@ def test_variants_that_cannot_be_are_refused_before_anything_is_loaded(rows, sai
         settings_of("embedded", rows, preset="pair", shared={})
 
 
-def test_unknown_refinements_and_post_processing_are_refused_by_name():
+def test_unknown_refinements_are_refused_by_name():
     with pytest.raises(ValueError, match="refinement 'magic' is unknown; choose one of nerve"):
         Variant("a", refine="magic")
-    with pytest.raises(ValueError, match="post-processing 'crf' is unknown; choose one of none, pamr"):
-        Variant("a", post="crf")

@@ -11,6 +11,7 @@ from nerve_core import Segmenter
 from nerve_core.embedded.scenes import draw_scene
 from nerve_core.networks import frame
 from nerve_core.networks.frame import GRAPH_AFTER, GRAPHS_KEPT, FramePart, Stopwatch
+from nerve_core.walk.edges import pixel_transition
 
 SMALL = {"input_size": (64, 96), "short_side": 72, "templates": ("a {}.",)}
 CPU = torch.device("cpu")
@@ -30,7 +31,8 @@ def image():
 
 
 def of(features):
-    return [x.float().cpu() for x in (features.patches.embeddings, features.Q, features.K)]
+    edges = features.edges
+    return [x.float().cpu() for x in (features.patches.embeddings, features.Q, features.K, edges.weights)]
 
 
 def assert_same(one, other, **tolerance):
@@ -41,7 +43,8 @@ def assert_same(one, other, **tolerance):
 def test_both_networks_see_the_image_in_0_to_1(part, image):
     pixels = (torch.from_numpy(image).float() / 255).permute(2, 0, 1)[None].to(part.device)
     patches, (Q, K) = part.clip.features(pixels), part.taps(pixels)
-    assert_same(part(image), frame.FrameFeatures(patches, Q, K))
+    edges = pixel_transition(pixels, part.edges)
+    assert_same(part(image), frame.FrameFeatures(patches, Q, K, edges))
 
 
 @pytest.mark.parametrize("layout", ["read-only", "reversed", "cropped", "columns first"])
@@ -63,7 +66,7 @@ def test_any_layout_in_memory_is_the_same_image(part, image, layout):
 def test_laps_are_reported_in_order(part, image):
     laps = []
     part(image, laps.append)
-    assert laps in (["preprocess", "clip", "diffusion"], ["preprocess", "networks"])
+    assert laps in (["preprocess", "edges", "clip", "diffusion"], ["preprocess", "networks"])
 
 
 def test_a_stopwatch_adds_up():
@@ -138,7 +141,7 @@ def test_on_the_cpu_the_option_is_left_out_with_a_message(part, image, caplog):
     if part.device.type != "cpu":
         pytest.skip("of the CPU")
     with caplog.at_level(logging.WARNING):
-        assert_same(FramePart(part.clip, part.taps, CPU, compiled=True)(image), part(image))
+        assert_same(FramePart(part.clip, part.taps, CPU, edges=part.edges, compiled=True)(image), part(image))
     assert "torch.compile is left out" in caplog.text
 
 

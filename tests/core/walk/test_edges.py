@@ -14,6 +14,11 @@ from small_models import picture, slow_bilinear
 NEAR = {"edge_steps": 5, "edge_distances": (1, 2)}
 
 
+def at_its_own_size(height, width, **config):
+    """Settings under which an image is worked on as it is, at the distances that are given."""
+    return EdgesConfig(edge_size=max(height, width), **config)
+
+
 def maps(queries, size, seed):
     """Distributions over queries at every place, [queries, *size]."""
     return (2 * torch.randn((queries, *size), generator=torch.Generator().manual_seed(seed))).softmax(0)
@@ -38,8 +43,9 @@ def image_of(height, width, seed, contrast=1.0):
 def test_steps_are_their_equations_pixel_by_pixel(height, width, queries, steps, distances, colours, seed):
     contrast, sigma = colours
     image, scores = image_of(height, width, seed, contrast), maps(queries, (height, width), seed + 1)
-    S = pixel_transition(image, EdgesConfig(edge_steps=steps, edge_distances=distances, edge_sigma=sigma))
-    dense = reference.pixel_transition(image[0].double().numpy(), list(distances), sigma, SELF)
+    config = at_its_own_size(height, width, edge_steps=steps, edge_distances=distances, edge_sigma=sigma)
+    S = pixel_transition(image, config)
+    dense = reference.pixel_transition(image[0].double().numpy(), sorted(set(distances)), sigma, SELF)
     wanted = scores.double().numpy().reshape(queries, -1)
     for _ in range(steps):
         wanted = wanted @ dense.T
@@ -58,7 +64,7 @@ def test_rows_are_distributions_and_keep_distributions(edges, image):
 
 
 def test_what_is_left_out_is_carried_as_its_sum_would_be():
-    S, scores = pixel_transition(picture(20, 24), EdgesConfig(**NEAR)), maps(5, (6, 5), 4)
+    S, scores = pixel_transition(picture(20, 24), at_its_own_size(20, 24, **NEAR)), maps(5, (6, 5), 4)
     remainder = S.carry(scores[2:].sum(0, keepdim=True))
     torch.testing.assert_close(S.carry(scores[:2]).sum(0) + remainder[0], torch.ones(20, 24), rtol=0, atol=1e-5)
 
@@ -69,7 +75,7 @@ def test_maps_of_another_grid_are_upsampled_bilinearly_first():
     still = pixel_transition(image, EdgesConfig(edge_steps=0))
     np.testing.assert_allclose(still.carry(scores), planes, rtol=0, atol=1e-6)
     dense = reference.pixel_transition(image[0].double().numpy(), [2], 5.0, SELF)
-    moved = pixel_transition(image, EdgesConfig(edge_steps=1, edge_distances=(2,), edge_sigma=5.0))
+    moved = pixel_transition(image, at_its_own_size(9, 13, edge_steps=1, edge_distances=(2,), edge_sigma=5.0))
     np.testing.assert_allclose(moved.carry(scores).flatten(1), planes.reshape(2, -1) @ dense.T, rtol=0, atol=1e-5)
 
 
@@ -78,7 +84,9 @@ def test_a_larger_image_is_averaged_down_to_the_working_size(size, longest):
     image = image_of(*size, 3, 0.2)
     S = pixel_transition(image, EdgesConfig(edge_size=longest, **NEAR))
     small = torch.from_numpy(reference.shrunk(image[0].double().numpy(), S.size)).float()[None]
-    torch.testing.assert_close(S.weights, pixel_transition(small, EdgesConfig(**NEAR)).weights, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        S.weights, pixel_transition(small, at_its_own_size(*S.size, **NEAR)).weights, rtol=0, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -94,6 +102,14 @@ def test_a_larger_image_is_averaged_down_to_the_working_size(size, longest):
 )
 def test_large_images_share_one_working_size(size, found):
     assert working_size(size, 320) == found
+
+
+def test_a_smaller_image_has_distances_in_proportion():
+    image = picture(30, 40)
+    S = pixel_transition(image, EdgesConfig(edge_size=320, edge_distances=(3, 16, 40)))
+    T = pixel_transition(image, at_its_own_size(30, 40, edge_distances=(1, 2, 5)))
+    assert torch.equal(S.neighbours, T.neighbours)
+    assert torch.equal(S.weights, T.weights)
 
 
 def test_colours_are_cielab():
@@ -123,7 +139,7 @@ def test_a_pixel_like_none_of_its_neighbours_keeps_its_value():
     scores = torch.zeros((2, 9, 9))
     scores[0] = 1
     scores[:, 4, 4] = torch.tensor([0.0, 1.0])
-    found = pixel_transition(image, EdgesConfig(**NEAR)).carry(scores)
+    found = pixel_transition(image, at_its_own_size(9, 9, **NEAR)).carry(scores)
     torch.testing.assert_close(found, scores, rtol=0, atol=1e-6)
 
 
@@ -140,9 +156,9 @@ def ladder(rows, columns):
 
 
 def test_holes_of_a_ladder_are_not_filled_but_opened():
-    image, there = ladder(120, 96)
+    image, there = ladder(240, 320)
     bars = there[None, None].float()
-    coarse = torch.nn.functional.interpolate(bars, (9, 7), mode="area")[0]  # tokens of 13 pixels: the holes blur away
+    coarse = torch.nn.functional.interpolate(bars, (18, 24), mode="area")[0]  # tokens of 13 pixels: the holes blur away
     coarse = torch.cat((0.15 + 0.85 * coarse, 0.85 - 0.85 * coarse))
     before = pixel_transition(image, EdgesConfig(edge_steps=0)).carry(coarse).argmax(0) == 0
     after = pixel_transition(image, EdgesConfig()).carry(coarse).argmax(0) == 0
