@@ -32,10 +32,13 @@ def compare(
     """Our frame and, where `plain`, the plain one after it, each in its own process.
 
     The plain side runs in float32 on the CPU and in float16 on CUDA: in what its user would. Returns what `measure`
-    says of ours, of the plain one under names that begin with "baseline_", and "speedup" and "memory_ratio".
+    says of ours, each stage's share of its time in "shares", what it says of the plain one under names that begin with
+    "baseline_", and "speedup" and "memory_ratio".
     """
     task = Task("ours", pair, device, precision, count, size, frames, warm_up, options or {})
     result = {"device": device, "names": count, "size": list(size), **measure_apart(task)}
+    medians = {stage: times["p50_ms"] for stage, times in result["stages"].items()}
+    result["shares"] = {stage: median / sum(medians.values()) for stage, median in medians.items()}
     if plain:
         base = measure_apart(
             replace(

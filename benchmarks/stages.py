@@ -23,13 +23,15 @@ from nerve_core.models.pairs import ModelPair, find_pair
 from nerve_core.networks.dense_clip import DenseClip
 from nerve_core.networks.diffusion import DiffusionTaps, tapped_projections
 from nerve_core.networks.parts import as_unet
-from nerve_core.readout import read_out
+from nerve_core.readout import carry_labels, read_out
 from nerve_core.settings import Settings
+from nerve_core.walk.edges import pixel_transition
 
 from .ceiling import ceiling, least_seconds
 from .task import names, picture
 
 SIZE = (480, 640)
+FLOAT32 = ("walk", "which pixels are alike", "edges", "readout")
 
 
 def stages(name: str, device: str, count: int = 21) -> list[dict[str, float | str]]:
@@ -46,15 +48,18 @@ def stages(name: str, device: str, count: int = 21) -> list[dict[str, float | st
         latent, features = part.taps.noisy_latent(pixels), part(image)
         G = segmenter.frame(image, queries)[0]
         P = segmenter.refine(features.Q, features.K, G).P
+        known, config = (G, P, queries.classes, count, segmenter.grid), segmenter.settings.readout
+        along = features.edges
+        drawn = None if along is None else carry_labels(*known, config, along)
     unet = as_unet(part.taps.unet)
     work: dict[str, Callable[[], object]] = {
         "VAE encoder": lambda: part.taps.noisy_latent(pixels),
         "U-Net to the last keys": lambda: tapped_projections(unet, latent, part.taps.config.taps),
         "CLIP, patch by patch": lambda: part.clip.features(pixels),
         "walk": lambda: segmenter.refine(features.Q, features.K, G),
-        "readout": lambda: read_out(
-            G, P, queries.classes, count, segmenter.grid, SIZE, segmenter.settings.readout
-        ).to_host(),
+        "which pixels are alike": lambda: pixel_transition(pixels, segmenter.settings.edges),
+        "edges": lambda: along and carry_labels(*known, config, along),
+        "readout": lambda: read_out(*known, SIZE, config, drawn=drawn).to_host(),
     }
     gflop = network_gflop(pair, segmenter.settings)
     heads, tokens, size = features.Q.shape
@@ -67,7 +72,7 @@ def stages(name: str, device: str, count: int = 21) -> list[dict[str, float | st
     best = ceiling(device)
     rows: list[dict[str, float | str]] = []
     for stage, run in work.items():
-        precision = "float32" if stage in ("walk", "readout") else str(segmenter.dtype).removeprefix("torch.")
+        precision = "float32" if stage in FLOAT32 else str(segmenter.dtype).removeprefix("torch.")
         with torch.inference_mode():
             seconds = least_seconds(run, torch.device(device).type)
         rate = gflop.get(stage, 0.0) / seconds

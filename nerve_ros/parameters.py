@@ -39,6 +39,9 @@ MAX_PATH = 1024
 PAIR_VALUE = -1.0
 """What threshold and presence_threshold hold where the model pair's own value is meant."""
 
+PRESET_EDGES = "pair"
+"""What ``edges`` holds where the model pair's own value is meant."""
+
 NO_NAMES = ("",)
 """How a parameter file writes an empty list of strings: ROS 2 cannot infer the type of ``[]``."""
 
@@ -123,6 +126,43 @@ class NodeConfig:
         (0, 0),
         "Rows and columns that the image is resized to for the diffusion model, multiples of 64 for most. [0, 0] is "
         "the model pair's own value.",
+        when=UNCONFIGURED,
+        low=0,
+        high=4096,
+    )
+    edges: str = _parameter(
+        PRESET_EDGES,
+        "What draws the outlines: the image's own pixels (pixels, or pamr as it was published), or the upsampled grid "
+        "alone (none). pair is the model pair's own, under the preset.",
+        when=UNCONFIGURED,
+        choices=(PRESET_EDGES, "none", "pixels", "pamr"),
+    )
+    edge_steps: int = _parameter(
+        -1,
+        "Of edges 'pixels': how often labels are averaged over pixels alike. -1 is the model pair's own value.",
+        when=UNCONFIGURED,
+        low=-1,
+        high=100,
+    )
+    edge_distances: tuple[int, ...] = _parameter(
+        (0,),
+        "Of edges 'pixels': how far the 8 neighbours of a pixel lie, in pixels of an image of edge_size. [0] is the "
+        "model pair's own value.",
+        when=UNCONFIGURED,
+        low=0,
+        high=1024,
+    )
+    edge_sigma: float = _parameter(
+        PAIR_VALUE,
+        "Of edges 'pixels': difference of colour (CIELAB) that parts two pixels, 0.1 to 100.0; smaller is sharper. -1 "
+        "is the model pair's own value.",
+        when=UNCONFIGURED,
+        low=-1.0,
+        high=100.0,
+    )
+    edge_size: int = _parameter(
+        0,
+        "Of edges 'pixels': longer side that the image is worked on at, in pixels. 0 is the model pair's own value.",
         when=UNCONFIGURED,
         low=0,
         high=4096,
@@ -232,7 +272,7 @@ class NodeConfig:
             value, rule = getattr(self, field.name), field.metadata
             if rule["choices"] and value not in rule["choices"]:
                 raise ParameterError(f"{field.name} is {_short(value)}; accepted: {', '.join(rule['choices'])}")
-            if isinstance(value, float):
+            if isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool)):
                 # rclpy has looked at the range already, but takes what is nearly within it.
                 low, high = rule["low"], rule["high"]
                 if not math.isfinite(value) or not low <= value <= high:
@@ -243,6 +283,15 @@ class NodeConfig:
                 raise ParameterError(
                     f"{name} is {value}; accepted: 0.0 to 1.0, or {PAIR_VALUE} for the model pair's own"
                 )
+        if self.edge_sigma != PAIR_VALUE and self.edge_sigma < 0.1:
+            raise ParameterError(
+                f"edge_sigma is {self.edge_sigma}; accepted: 0.1 to 100.0, or {PAIR_VALUE} for the model pair's own"
+            )
+        if self.edge_distances != (0,) and not (self.edge_distances and min(self.edge_distances) >= 1):
+            raise ParameterError(
+                f"edge_distances is {list(self.edge_distances)[:8]}; accepted: whole numbers of pixels, 1 to "
+                f"{FIELDS['edge_distances'].metadata['high']}, or [0] for the model pair's own"
+            )
         sides, (low, high) = self.input_size, (1, FIELDS["input_size"].metadata["high"])
         if len(sides) != 2 or (sides != (0, 0) and not all(low <= side <= high for side in sides)):
             raise ParameterError(
@@ -288,7 +337,15 @@ class NodeConfig:
 
     def load_settings(self) -> dict[str, object]:
         """The settings of the method that override the model pair's own as it is loaded."""
-        return {} if self.input_size == (0, 0) else {"input_size": self.input_size}
+        given: dict[str, object] = {
+            "input_size": self.input_size,
+            "edges": self.edges,
+            "edge_steps": self.edge_steps,
+            "edge_distances": self.edge_distances,
+            "edge_sigma": self.edge_sigma,
+            "edge_size": self.edge_size,
+        }
+        return {name: value for name, value in given.items() if value != FIELDS[name].default}
 
     def frame_settings(self) -> dict[str, object]:
         """Those that may change between two images."""
@@ -333,6 +390,8 @@ def _ros_type(default: object) -> Parameter.Type:
         return Parameter.Type.BOOL
     if isinstance(default, float):
         return Parameter.Type.DOUBLE
+    if isinstance(default, int):
+        return Parameter.Type.INTEGER
     if isinstance(default, str):
         return Parameter.Type.STRING
     whole = isinstance(default, tuple) and bool(default) and all(isinstance(value, int) for value in default)
@@ -353,7 +412,7 @@ def descriptor(field: dataclasses.Field) -> ParameterDescriptor:
         made.additional_constraints = "One of: " + ", ".join(rule["choices"])
     if kind is Parameter.Type.DOUBLE:
         made.floating_point_range = [FloatingPointRange(from_value=rule["low"], to_value=rule["high"])]
-    if kind is Parameter.Type.INTEGER_ARRAY:
+    if kind in (Parameter.Type.INTEGER, Parameter.Type.INTEGER_ARRAY):
         made.integer_range = [IntegerRange(from_value=rule["low"], to_value=rule["high"], step=1)]
     return made
 

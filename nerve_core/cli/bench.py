@@ -194,7 +194,8 @@ def _frame_table(found: dict[str, Any]) -> Table:
             )
     table.add_section()
     for stage, row in found["stages"].items():
-        table.add_row(f"  {stage}", f"{row['p50_ms']:.1f}", f"{row['p95_ms']:.1f}")
+        share = f"  {stage}, {100 * found['shares'][stage]:.1f} %"
+        table.add_row(share, f"{row['p50_ms']:.1f}", f"{row['p95_ms']:.1f}")
     if "speedup" in found:
         table.caption = f"{found['speedup']:.1f} times as fast, in {found['memory_ratio']:.2f} of the memory"
     return table

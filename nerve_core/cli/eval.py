@@ -224,7 +224,7 @@ def table1(
     run: Run,
 ) -> None:
     """The method on every benchmark, beside the published figures, and besides it every combination of what is named
-    by --head, --refine, --post and --readout."""
+    by --head, --refine, --edges and --readout."""
     _table("table1", run, roots, sets, skip_missing, limit, axes)
 
 

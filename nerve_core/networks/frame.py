@@ -62,7 +62,7 @@ class FramePart:
         overlap: bool = True,
         compiled: bool = False,
     ) -> None:
-        """edges: how S between the image's pixels is made. overlap: on CUDA, run the networks at once on two streams, from
+        """edges: how S between pixels is made. overlap: on CUDA, run the networks at once on two streams, from
         a graph for image sizes that come again; else one after the other, each timed by itself. compiled: run them
         through torch.compile; where that fails, a warning says why and they run as they are."""
         self.clip, self.taps, self.edges, self.device = clip, taps, edges, device

@@ -12,7 +12,18 @@ from nerve_core.evaluation.metric import ConfusionMatrix
 from nerve_ros.demo.collector import Answer
 from nerve_ros.demo.recording import Recording
 
-STAGES = ("convert", "preprocess", "clip", "diffusion", "networks", "probabilities", "refine", "readout", "publish")
+STAGES = (
+    "convert",
+    "preprocess",
+    "clip",
+    "diffusion",
+    "networks",
+    "probabilities",
+    "refine",
+    "edges",
+    "readout",
+    "publish",
+)
 """Of one image in the node, in this order; other stages that the diagnostics name come behind."""
 
 UNLABELLED = 255

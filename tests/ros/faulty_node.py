@@ -37,6 +37,7 @@ PLACES = {
     "diffusion": (diffusion.DiffusionTaps, "__call__"),
     "probabilities": (dense_clip.DenseClip, "probabilities"),
     "refine": (segmenter, "refine"),
+    "edges": (segmenter, "carry_labels"),
     "readout": (segmenter, "read_out"),
     "to_host": (readout.Readout, "to_host"),
     "text": (encoder.TextEncoder, "_embed"),

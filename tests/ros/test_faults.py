@@ -15,7 +15,7 @@ import harness
 PICTURE = {"width": 96, "height": 64}
 NAMES = ["ball", "ladder"]
 OK, WARN, ERROR = 0, 1, 2
-STAGES = ("preprocess", "clip", "diffusion", "probabilities", "refine", "readout", "to_host")
+STAGES = ("preprocess", "clip", "diffusion", "probabilities", "refine", "edges", "readout", "to_host")
 STUCK_AFTER = 4.0
 """Seconds of inference_timeout: more than an image of this size takes on a slow and busy machine."""
 COUNTS = ("images_received", "images_segmented", "images_dropped", "images_rejected")

@@ -9,6 +9,7 @@ import yaml
 from ament_index_python.packages import get_package_share_directory
 from rclpy.parameter import Parameter
 
+from nerve_core.settings import Settings
 from nerve_ros.parameters import (
     ALWAYS,
     FIELDS,
@@ -54,6 +55,15 @@ REJECTED = [
     ("input_size", [0, 64], "rows and columns"),
     ("input_size", [64, 5000], "rows and columns"),
     ("input_size", 512, "type"),
+    ("edges", "crf", "accepted: pair, none, pixels, pamr"),
+    ("edge_steps", -2, "range"),
+    ("edge_steps", 2.0, "type"),
+    ("edge_distances", [0, 4], "1 to 1024"),
+    ("edge_distances", [4, 2000], "range"),
+    ("edge_sigma", 0.0, "0.1 to 100.0"),
+    ("edge_sigma", 101.0, "range"),
+    ("edge_size", -1, "range"),
+    ("edge_size", [320], "type"),
     ("preset", "mine", "accepted: pair, paper"),
     ("revision", 3, "type"),
     ("cache_dir", 3, "type"),
@@ -94,6 +104,11 @@ ACCEPTED = [
     ("exit_when_stuck", True),
     ("on_out_of_memory", "deactivate"),
     ("input_size", [128, 256]),
+    ("edges", "none"),
+    ("edge_steps", 0),
+    ("edge_distances", [2, 6, 18]),
+    ("edge_sigma", 6.5),
+    ("edge_size", 240),
     ("preset", "paper"),
     ("device", "cuda:1"),
     ("precision", "bf16"),
@@ -214,6 +229,10 @@ def test_the_defaults_are_within_the_rules():
     assert NodeConfig().frame_settings() == NodeConfig().load_settings() == {}
     assert NodeConfig(threshold=0.0).frame_settings() == {"threshold": 0.0}
     assert NodeConfig(input_size=(64, 128)).load_settings() == {"input_size": (64, 128)}
+    assert NodeConfig().load_settings() == {}
+    chosen = {"edges": "pixels", "edge_steps": 0, "edge_distances": (4,), "edge_sigma": 2.0, "edge_size": 200}
+    assert NodeConfig(**chosen).load_settings() == chosen
+    assert Settings().replaced(chosen).flat().items() >= chosen.items()
 
 
 def test_negatives_mean_the_pairs_own_none_or_those_given():

@@ -77,7 +77,9 @@ def test_the_command_measures_both_sides_in_processes_of_their_own(pair, bench):
     found = json.loads(out.splitlines()[-1])
     for key in ("p50_ms", "p95_ms", "fps", "peak_memory_mb", "load_s", "baseline_p50_ms", "baseline_peak_memory_mb"):
         assert found[key] > 0
-    assert {"clip", "diffusion", "probabilities", "refine", "readout"} < set(found["stages"])
+    assert {"clip", "diffusion", "probabilities", "refine", "edges", "readout"} < set(found["stages"])
+    assert sum(found["shares"].values()) == pytest.approx(1)
+    assert found["shares"].keys() == found["stages"].keys()
     assert sum(stage["p50_ms"] for stage in found["stages"].values()) == pytest.approx(found["p50_ms"], rel=0.5)
     assert found["speedup"] == found["baseline_p50_ms"] / found["p50_ms"]
     assert (found["baseline_precision"], found["operator"]) == ("float32", "dense fused")

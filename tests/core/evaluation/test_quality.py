@@ -14,7 +14,8 @@ SEED, COUNT = 20261123, 24
 
 @pytest.fixture(scope="module")
 def scores():
-    task = make_task(DrawnScenes(SEED, COUNT), [Variant("nerve"), Variant("none", refine="none")], device="cpu")
+    walked, alone = Variant("nerve", {"edges": "none"}), Variant("none", {"edges": "none"}, refine="none")
+    task = make_task(DrawnScenes(SEED, COUNT), [Variant("edges"), walked, alone], device="cpu")
     matrices = run_set(task, InProcess(task)).tally.matrices
     return {name: matrix.mean_iou() for name, matrix in matrices.items()}
 

@@ -63,16 +63,21 @@ def test_a_table_has_the_figures_of_a_plain_loop_over_its_images(table):
 
 
 def test_rows_are_what_the_tables_compare():
+    def of(table):
+        return table_variants(table, "embedded", EMBEDDED, {})
+
     heads = table_variants("table3", "embedded", EMBEDDED, {})
     assert [row.settings["head_weights"] for row in heads] == [*range(10), "mean", "entropy"]
     parts = table_variants("table4", "embedded", EMBEDDED, {})
     assert [(row.refine, dict(row.settings)) for row in parts] == [
-        ("none", {}),
-        ("nerve", {"beta": 0.0}),
-        ("nerve", {"beta": 1.0}),
-        ("nerve", {"steps": 1}),
-        ("nerve", {}),
+        ("none", {"edges": "none"}),
+        ("nerve", {"beta": 0.0, "edges": "none"}),
+        ("nerve", {"beta": 1.0, "edges": "none"}),
+        ("nerve", {"steps": 1, "edges": "none"}),
+        ("nerve", {"edges": "none"}),
+        ("nerve", {"edges": "pixels"}),
     ]
+    assert {row.settings["edges"] for table in ("table3", "fig2") for row in of(table)} == {"none"}
     walk = table_variants("fig2", "embedded", EMBEDDED, {})
     assert [row.settings["steps"] for row in walk] == [0, 5, 10, 20, 40]
     assert {row.settings["method"] for row in walk} == {"truncated"}
@@ -193,7 +198,7 @@ def test_a_missing_set_is_refused_or_left_out_and_said(nerve, tmp_path, scene_fo
     assert "voc21 is left out" in err
     assert "names no folder of pc60" in err
     (item,) = json.loads(out.splitlines()[-1])["sets"]
-    assert (item["set"], len(item["scores"])) == ("folder", 5)
+    assert (item["set"], len(item["scores"])) == ("folder", 6)
     report = json.loads((tmp_path / "out" / "results.json").read_text())["report"]
     assert any("pc60 is left out" in note for note in report["notes"])
     assert "the first 2 of 3 images alone" in report["sets"][0]["notes"]
