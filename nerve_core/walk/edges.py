@@ -21,7 +21,11 @@ from ._grid import CENTRE, OFFSETS
 
 SELF = 0.1
 """Affinity of a pixel with itself, as eps_self is on tokens: what is like none of its neighbours keeps its value."""
+CLOSING_STEPS, CLOSING_SIGMA = 2, 2.0
+"""The last steps, between next neighbours: how many, and their sigma over `edge_sigma`."""
 PAMR_STEPS, PAMR_DISTANCES, PAMR_SIZE = 10, (8, 16), 640
+_XYZ = ((0.412453, 0.357580, 0.180423), (0.212671, 0.715160, 0.072169), (0.019334, 0.119193, 0.950227))
+"""Linear sRGB to CIE XYZ, a row each."""
 _AROUND = tuple(offset for place, offset in enumerate(OFFSETS) if place != CENTRE)
 
 
@@ -30,7 +34,8 @@ class EdgesConfig:
     """How labels are carried along the image's own pixels, between the walk and the readout.
 
     edges: one of `EDGES`. "none": P is upsampled bilinearly. "pixels": the settings below. "pamr": pixel-adaptive mask
-    refinement as published (`pamr`), by settings of its own. edge_steps: products with S, >= 0. edge_distances: of the
+    refinement as published (`pamr`), by settings of its own. edge_steps: products with S, >= 0; 0
+    is upsampling alone. edge_distances: of the
     8 neighbours each, >= 1, in pixels where the working size has its longer side at edge_size; where it is smaller
     they are smaller in proportion, never below 1. edge_sigma: colour difference (CIELAB, L in 0..100) at which
     an affinity has fallen to 0.61; smaller is sharper, at least 0.1. edge_size: longer side of the working size in
@@ -64,14 +69,13 @@ def _whole(value: object) -> bool:
 
 
 @dataclass(frozen=True)
-class PixelTransition:
-    """S between the pixels of one image, sparse: its rows sum to 1.
+class Stencil:
+    """A sparse S between N pixels, row by row, and how often it is applied.
 
-    size: (rows, columns) of the working size, N pixels, row by row. neighbours: int32 [N, n], the columns of S that a
-    row is not 0 in. weights: float32 or float64 [N, n], >= 0, its values there. steps: products that the stage takes.
+    neighbours: int32 [N, n], the columns in which a row of S is not 0. weights: float32 or float64 [N, n], >= 0, its
+    values there; they sum to 1. steps: products.
     """
 
-    size: tuple[int, int]
     neighbours: Tensor
     weights: Tensor
     steps: int
@@ -80,16 +84,28 @@ class PixelTransition:
         """X [N, C] of the weights' dtype, contiguous -> S X [N, C]."""
         return F.embedding_bag(self.neighbours, X, per_sample_weights=self.weights, mode="sum")
 
+
+@dataclass(frozen=True)
+class PixelTransition:
+    """Where P is carried to along one image's own pixels.
+
+    size: (rows, columns) of the working size. stencils: applied one after the other.
+    """
+
+    size: tuple[int, int]
+    stencils: tuple[Stencil, ...]
+
     def carry(self, maps: Tensor) -> Tensor:
-        """Maps [C, h, w] on any grid -> [C, rows, columns] of the working size: upsampled, then `steps` times along S.
+        """Float32 maps [C, h, w] on any grid -> [C, rows, columns] of the working size: upsampled, then carried.
 
         What enters as distributions over C leaves as distributions; each map depends on itself alone.
         """
-        maps = maps[None].to(self.weights.dtype, memory_format=torch.channels_last)
+        maps = maps[None].contiguous(memory_format=torch.channels_last)
         maps = F.interpolate(maps, self.size, mode="bilinear", align_corners=False)[0]
         X = maps.permute(1, 2, 0).flatten(0, 1).contiguous()
-        for _ in range(self.steps):
-            X = self.apply(X)
+        for stencil in self.stencils:
+            for _ in range(stencil.steps):
+                X = stencil.apply(X)
         return X.T.contiguous().unflatten(1, self.size)
 
 
@@ -99,9 +115,19 @@ def working_size(size: tuple[int, int], longest: int) -> tuple[int, int]:
     return max(1, round(size[0] * shrink)), max(1, round(size[1] * shrink))
 
 
-@functools.lru_cache(maxsize=8)
 def _neighbours(size: tuple[int, int], offsets: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
     """int32 [N, offsets]: the pixel at each offset (rows down, columns right), outside the image the nearest inside."""
+    if device.type == "cpu":
+        return _cpu_neighbours(size, offsets)
+    return _places(size, offsets, device)  # what is made while a graph is captured must not be kept for others
+
+
+@functools.lru_cache(maxsize=8)
+def _cpu_neighbours(size: tuple[int, int], offsets: tuple[tuple[int, int], ...]) -> Tensor:
+    return _places(size, offsets, torch.device("cpu"))
+
+
+def _places(size: tuple[int, int], offsets: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
     rows, columns = torch.arange(size[0], device=device), torch.arange(size[1], device=device)
     places = [
         (rows + down).clamp(0, size[0] - 1)[:, None] * size[1] + (columns + right).clamp(0, size[1] - 1)
@@ -118,25 +144,35 @@ def _offsets(distances: Sequence[int]) -> tuple[tuple[int, int], ...]:
 def lab(pixels: Tensor) -> Tensor:
     """sRGB in 0..1 [3, ...] -> CIELAB under D65 [3, ...], L in 0..100 (IEC 61966-2-1, CIE 15)."""
     linear = torch.where(pixels > 0.04045, ((pixels + 0.055) / 1.055).pow(2.4), pixels / 12.92)
-    from_rgb = torch.tensor(
-        ((0.412453, 0.357580, 0.180423), (0.212671, 0.715160, 0.072169), (0.019334, 0.119193, 0.950227)),
-        dtype=pixels.dtype,
+    red, green, blue = linear.unbind(
+        0
+    )  # numbers and no tensor of them: a graph that is captured copies none from the host
+    white = [sum(row) for row in _XYZ]
+    xyz = torch.stack(
+        [red * (r / w) + green * (g / w) + blue * (b / w) for (r, g, b), w in zip(_XYZ, white, strict=True)]
     )
-    from_rgb = (from_rgb / from_rgb.sum(1, keepdim=True)).to(pixels.device, non_blocking=True)  # white is (1, 1, 1)
-    xyz = torch.einsum("ij,j...->i...", from_rgb, linear)
     f = torch.where(xyz > 216 / 24389, xyz.pow(1 / 3), xyz * (24389 / 3132) + 4 / 29)
     return torch.stack((116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])))
 
 
 def _by_colour(pixels: Tensor, config: EdgesConfig) -> PixelTransition:
-    """exp(-|x_i - x_j|^2 / (2 sigma^2)) of CIELAB colours x, `SELF` on the diagonal, rows normalised.
-
-    Neighbours outside the image are dropped. Affinities are symmetric: each pair is compared once.
-    """
+    """Steps at the distances that are set, then `CLOSING_STEPS` between next neighbours: those that lie 4 or 16 pixels
+    apart never meet the ones between them, and specks would be left."""
     size = working_size((pixels.shape[2], pixels.shape[3]), config.edge_size)
     colours = lab(_shrunk(pixels, size)) / (math.sqrt(2) * config.edge_sigma)  # [3, rows, columns]
     scale = max(size) / config.edge_size
     distances = sorted({max(1, round(scale * distance)) for distance in config.edge_distances})
+    far = _stencil(colours, distances, config.edge_steps)
+    near = _stencil(colours / CLOSING_SIGMA, (1,), CLOSING_STEPS if config.edge_steps else 0)
+    return PixelTransition(size, (far, near))
+
+
+def _stencil(colours: Tensor, distances: Sequence[int], steps: int) -> Stencil:
+    """exp(-|x_i - x_j|^2) of colours x [3, rows, columns] at some distances, `SELF` on the diagonal, rows normalised.
+
+    Neighbours outside the image are dropped. Affinities are symmetric: each pair is compared once.
+    """
+    size = (colours.shape[1], colours.shape[2])
     offsets = (*_offsets(distances), (0, 0))
     affinity = colours.new_zeros((len(offsets), *size))
     affinity[-1] = SELF
@@ -148,8 +184,7 @@ def _by_colour(pixels: Tensor, config: EdgesConfig) -> PixelTransition:
         affinity[(place, *here)] = unlike.neg_().exp_()
         affinity[(offsets.index((-down, -right)), *there)] = unlike
     affinity /= affinity.sum(0)
-    weights = affinity.flatten(1).T.contiguous()
-    return PixelTransition(size, _neighbours(size, offsets, pixels.device), weights, config.edge_steps)
+    return Stencil(_neighbours(size, offsets, colours.device), affinity.flatten(1).T.contiguous(), steps)
 
 
 def _overlap(size: tuple[int, int], down: int, right: int) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
@@ -180,7 +215,7 @@ def pamr_transition(
     deviation = torch.stack([*around, *[image] * len(distances)]).std(0)  # [3, rows, columns]
     unlike = torch.stack([((x - image).abs() / (1e-8 + 0.1 * deviation)).mean(0) for x in around])
     weights = unlike.neg_().softmax(0).flatten(1).T.contiguous()
-    return PixelTransition(size, _neighbours(size, offsets, pixels.device), weights, steps)
+    return PixelTransition(size, (Stencil(_neighbours(size, offsets, pixels.device), weights, steps),))
 
 
 @torch.inference_mode()

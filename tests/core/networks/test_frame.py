@@ -31,8 +31,8 @@ def image():
 
 
 def of(features):
-    edges = features.edges
-    return [x.float().cpu() for x in (features.patches.embeddings, features.Q, features.K, edges.weights)]
+    weights = [stencil.weights for stencil in features.edges.stencils]
+    return [x.float().cpu() for x in (features.patches.embeddings, features.Q, features.K, *weights)]
 
 
 def assert_same(one, other, **tolerance):

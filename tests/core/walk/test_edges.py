@@ -1,5 +1,7 @@
 """Steps between pixels of like colour against loops over pixels in float64, and what they must keep."""
 
+import dataclasses
+
 import cv2
 import numpy as np
 import pytest
@@ -30,6 +32,11 @@ def image_of(height, width, seed, contrast=1.0):
     return 0.5 + contrast * (colours - 0.5)
 
 
+def weights(S):
+    """Of all stencils side by side."""
+    return torch.cat([stencil.weights for stencil in S.stencils], 1)
+
+
 @settings(max_examples=25)
 @given(
     st.integers(1, 7),
@@ -45,10 +52,12 @@ def test_steps_are_their_equations_pixel_by_pixel(height, width, queries, steps,
     image, scores = image_of(height, width, seed, contrast), maps(queries, (height, width), seed + 1)
     config = at_its_own_size(height, width, edge_steps=steps, edge_distances=distances, edge_sigma=sigma)
     S = pixel_transition(image, config)
-    dense = reference.pixel_transition(image[0].double().numpy(), sorted(set(distances)), sigma, SELF)
     wanted = scores.double().numpy().reshape(queries, -1)
-    for _ in range(steps):
-        wanted = wanted @ dense.T
+    if steps:
+        colours = image[0].double().numpy()
+        far = reference.pixel_transition(colours, sorted(set(distances)), sigma, SELF)
+        near = reference.pixel_transition(colours, [1], 2 * sigma, SELF)
+        wanted = wanted @ np.linalg.matrix_power(far.T, steps) @ near.T @ near.T
     np.testing.assert_allclose(S.carry(scores), wanted.reshape(queries, height, width), rtol=0, atol=5e-5)
 
 
@@ -56,8 +65,9 @@ def test_steps_are_their_equations_pixel_by_pixel(height, width, queries, steps,
 @pytest.mark.parametrize("image", [torch.full((1, 3, 20, 24), 0.5), picture(20, 24), torch.zeros((1, 3, 1, 1))])
 def test_rows_are_distributions_and_keep_distributions(edges, image):
     S = pixel_transition(image, EdgesConfig(edges))
-    assert (S.weights >= 0).all()
-    torch.testing.assert_close(S.weights.sum(1), torch.ones(image[0, 0].numel()), rtol=0, atol=1e-5)
+    for stencil in S.stencils:
+        assert (stencil.weights >= 0).all()
+        torch.testing.assert_close(stencil.weights.sum(1), torch.ones(image[0, 0].numel()), rtol=0, atol=1e-5)
     found = S.carry(maps(4, (6, 5), 2))
     assert (found >= 0).all()
     torch.testing.assert_close(found.sum(0), torch.ones(image.shape[-2:]), rtol=0, atol=1e-5)
@@ -74,9 +84,12 @@ def test_maps_of_another_grid_are_upsampled_bilinearly_first():
     planes = np.stack([slow_bilinear(plane, (9, 13)) for plane in scores.double().numpy()])
     still = pixel_transition(image, EdgesConfig(edge_steps=0))
     np.testing.assert_allclose(still.carry(scores), planes, rtol=0, atol=1e-6)
-    dense = reference.pixel_transition(image[0].double().numpy(), [2], 5.0, SELF)
+    colours = image[0].double().numpy()
+    far, near = (reference.pixel_transition(colours, *what, SELF) for what in (([2], 5.0), ([1], 10.0)))
     moved = pixel_transition(image, at_its_own_size(9, 13, edge_steps=1, edge_distances=(2,), edge_sigma=5.0))
-    np.testing.assert_allclose(moved.carry(scores).flatten(1), planes.reshape(2, -1) @ dense.T, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(
+        moved.carry(scores).flatten(1), planes.reshape(2, -1) @ far.T @ near.T @ near.T, rtol=0, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize(("size", "longest"), [((12, 16), 8), ((11, 7), 5), ((5, 9), 9)])
@@ -85,7 +98,7 @@ def test_a_larger_image_is_averaged_down_to_the_working_size(size, longest):
     S = pixel_transition(image, EdgesConfig(edge_size=longest, **NEAR))
     small = torch.from_numpy(reference.shrunk(image[0].double().numpy(), S.size)).float()[None]
     torch.testing.assert_close(
-        S.weights, pixel_transition(small, at_its_own_size(*S.size, **NEAR)).weights, rtol=0, atol=1e-5
+        weights(S), weights(pixel_transition(small, at_its_own_size(*S.size, **NEAR))), rtol=0, atol=1e-5
     )
 
 
@@ -108,8 +121,8 @@ def test_a_smaller_image_has_distances_in_proportion():
     image = picture(30, 40)
     S = pixel_transition(image, EdgesConfig(edge_size=320, edge_distances=(3, 16, 40)))
     T = pixel_transition(image, at_its_own_size(30, 40, edge_distances=(1, 2, 5)))
-    assert torch.equal(S.neighbours, T.neighbours)
-    assert torch.equal(S.weights, T.weights)
+    assert torch.equal(S.stencils[0].neighbours, T.stencils[0].neighbours)
+    assert torch.equal(weights(S), weights(T))
 
 
 def test_colours_are_cielab():
@@ -270,3 +283,17 @@ def test_what_pamr_cannot_do_is_refused_by_name(change, said):
     arguments = {"image": image_of(8, 8, 0), "scores": maps(2, (8, 8), 0)} | change
     with pytest.raises(ValueError, match=said):
         pamr(**arguments)
+
+
+def test_no_lattice_of_specks_is_left_where_a_label_gives_way():
+    """Neighbours at 4 and 16 pixels alone would part an even surface into lattices that never meet."""
+    image = 0.5 + 0.03 * torch.randn((1, 3, 96, 128), generator=torch.Generator().manual_seed(0))
+    scores = 0.5 + 0.05 * torch.randn((1, 96, 128), generator=torch.Generator().manual_seed(1))
+    scores[0, 30:60, 40:90] += 0.4
+    S = pixel_transition(image.clamp(0, 1), EdgesConfig(edge_size=128))
+    coarse, fine = dataclasses.replace(S, stencils=S.stencils[:1]), S
+    parts = [
+        cv2.connectedComponents((of.carry(scores)[0] > 0.6).numpy().astype(np.uint8), connectivity=4)[0]
+        for of in (coarse, fine)
+    ]
+    assert parts[1] <= max(2, parts[0] // 3)
