@@ -287,10 +287,13 @@ class NodeConfig:
             raise ParameterError(
                 f"edge_sigma is {self.edge_sigma}; accepted: 0.1 to 100.0, or {PAIR_VALUE} for the model pair's own"
             )
-        if self.edge_distances != (0,) and not (self.edge_distances and min(self.edge_distances) >= 1):
+        farthest = FIELDS["edge_distances"].metadata["high"]
+        if self.edge_distances != (0,) and not (
+            self.edge_distances and all(1 <= distance <= farthest for distance in self.edge_distances)
+        ):
             raise ParameterError(
                 f"edge_distances is {list(self.edge_distances)[:8]}; accepted: whole numbers of pixels, 1 to "
-                f"{FIELDS['edge_distances'].metadata['high']}, or [0] for the model pair's own"
+                f"{farthest}, or [0] for the model pair's own"
             )
         sides, (low, high) = self.input_size, (1, FIELDS["input_size"].metadata["high"])
         if len(sides) != 2 or (sides != (0, 0) and not all(low <= side <= high for side in sides)):

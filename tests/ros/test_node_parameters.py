@@ -59,7 +59,7 @@ REJECTED = [
     ("edge_steps", -2, "range"),
     ("edge_steps", 2.0, "type"),
     ("edge_distances", [0, 4], "1 to 1024"),
-    ("edge_distances", [4, 2000], "range"),
+    ("edge_distances", [4, 2000], "1 to 1024"),
     ("edge_sigma", 0.0, "0.1 to 100.0"),
     ("edge_sigma", 101.0, "range"),
     ("edge_size", -1, "range"),

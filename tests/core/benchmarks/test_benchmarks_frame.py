@@ -43,7 +43,7 @@ def pair(tmp_path_factory):
 def test_the_plain_side_computes_what_ours_does(pair, monkeypatch, tmp_path):
     monkeypatch.setenv("NERVE_CACHE", str(tmp_path))
     image = picture((96, 128))
-    walk = {"method": "truncated", "steps": 40}  # as the plain side walks
+    walk = {"method": "truncated", "steps": 40, "edges": "none"}  # as the plain side does
     segmenter = Segmenter.from_pretrained(str(pair), device="cpu", dtype="fp32", settings=walk)
     queries = segmenter.embed(Vocabulary(names(6)))
     plain = PlainNerve(find_pair(str(pair)), torch.device("cpu"), torch.float32)
