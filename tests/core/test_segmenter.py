@@ -309,7 +309,7 @@ def test_only_the_vocabularies_used_last_are_kept(segmenter, monkeypatch):
 def test_networks_that_overflow_are_an_error_and_not_a_mask(segmenter, scene, monkeypatch, broken):
     queries = segmenter.embed(Vocabulary(["ball", "cube"]))
     if broken == "diffusion":
-        monkeypatch.setattr(segmenter.frame_part, "_tap", overflowing(segmenter.frame_part.taps))
+        monkeypatch.setattr(segmenter.frame_part, "_run_taps", overflowing(segmenter.frame_part.taps))
     else:
         clip = segmenter.frame_part.clip
         monkeypatch.setattr(clip, "_mean", clip._mean * torch.nan)
@@ -331,7 +331,7 @@ def overflowing(taps):
 def test_warming_up_runs_a_frame_of_the_size_asked_for(segmenter, monkeypatch):
     seen, part = [], segmenter.frame_part
     original = part.clip.features
-    monkeypatch.setattr(part, "_look", lambda pixels: (seen.append(pixels.shape), original(pixels))[1])
+    monkeypatch.setattr(part, "_run_clip", lambda pixels: (seen.append(pixels.shape), original(pixels))[1])
     assert segmenter.warm_up((50, 70)) is None
     assert seen == [(1, 3, 50, 70)]
 
@@ -489,7 +489,7 @@ def test_a_lack_of_memory_at_any_stage_is_told_and_the_next_image_is_segmented(c
     with monkeypatch.context() as patch:
         patch.setattr(place, lacking)
         if stage == "clip":
-            patch.setattr(segmenter.frame_part, "_look", lacking)
+            patch.setattr(segmenter.frame_part, "_run_clip", lacking)
         with pytest.raises(OutOfMemory, match="out of memory on cpu: ") as caught:
             act(segmenter, scene.image, queries)
     assert "\n" not in str(caught.value)
