@@ -24,6 +24,8 @@ from typing import IO
 
 from ament_index_python.packages import get_package_prefix, get_package_share_directory
 
+import warm
+
 HERE = Path(__file__).parent
 PATIENCE = 60.0
 """Seconds that anything may take that should happen at once."""
@@ -74,21 +76,15 @@ def environment(number: int) -> dict[str, str]:
 class Process:
     """A child process whose output lines are collected as they come."""
 
-    def __init__(self, command: Sequence[str], env: Mapping[str, str], *, steered: bool = False) -> None:
+    def __init__(
+        self, command: Sequence[str], env: Mapping[str, str], *, steered: bool = False, forked: bool = False
+    ) -> None:
+        """Start `command`; `forked`: it is a Python file, and finds the libraries imported already."""
         self.lines: list[str] = []
         self._news = threading.Condition()
         self._held: set[Path] = set()
         self._orphaned: set[Path] = set()
-        self._child = subprocess.Popen(
-            command,
-            env=dict(env),
-            stdin=subprocess.PIPE if steered else subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE if steered else subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-        )
+        self._child = _fork(command, env, steered) if forked else _start(command, env, steered)
         self._readers = [threading.Thread(target=self._read, args=(self._child.stdout, self.heard), daemon=True)]
         if steered:
             self._readers.append(
@@ -195,6 +191,30 @@ class Process:
         assert not left, f"left in /dev/shm: {left}\n{self.report()}"
 
 
+def _start(command: Sequence[str], env: Mapping[str, str], steered: bool) -> subprocess.Popen:
+    return subprocess.Popen(
+        command,
+        env=dict(env),
+        stdin=subprocess.PIPE if steered else subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE if steered else subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+
+
+_server: warm.Server | None = None
+
+
+def _fork(command: Sequence[str], env: Mapping[str, str], steered: bool) -> subprocess.Popen | warm.Popen:
+    global _server
+    _server = _server or warm.Server(env)
+    if not _server.fits(env):
+        return _start([sys.executable, *command], env, steered)
+    return _server.start(command, env, steered=steered)
+
+
 def shared_memory(*pids: int) -> set[Path]:
     """What Fast DDS keeps in /dev/shm for these processes: segments, and the ports that they receive by."""
     found = set()
@@ -211,10 +231,12 @@ def shared_memory(*pids: int) -> set[Path]:
 class Node(Process):
     """The node under test, by its installed executable, in a process of its own."""
 
-    def __init__(self, env: Mapping[str, str], *, arguments: Sequence[str] = (), **parameters: object) -> None:
+    def __init__(
+        self, env: Mapping[str, str], *, arguments: Sequence[str] = (), forked: bool = True, **parameters: object
+    ) -> None:
         executable = Path(get_package_prefix("nerve_ros")) / "lib" / "nerve_ros" / "nerve_node"
         given = [text for name, value in parameters.items() for text in ("-p", f"{name}:={json.dumps(value)}")]
-        super().__init__([str(executable), "--ros-args", *given, *arguments], env)
+        super().__init__([str(executable), "--ros-args", *given, *arguments], env, forked=forked)
 
     def wait_log(self, pattern: str, timeout: float = PATIENCE, since: int = 0) -> str:
         """The first line from number `since` on that `pattern` is found in."""
@@ -238,7 +260,7 @@ class Peer(Process):
         self.events: list[dict] = []
         self._replies: dict[int, dict] = {}
         self._commands = 0
-        super().__init__([sys.executable, str(HERE / "peer.py"), name], env, steered=True)
+        super().__init__([str(HERE / "peer.py"), name], env, steered=True, forked=True)
         self.wait("ready")
 
     def heard(self, line: str) -> None:

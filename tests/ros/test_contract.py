@@ -5,7 +5,6 @@ The node as it is gives it no reason to complain, whatever happens; each promise
 
 import itertools
 import json
-import sys
 
 import pytest
 
@@ -25,9 +24,8 @@ class Consumer(harness.Peer):
 
     def __init__(self, env):
         self.events, self._replies, self._commands = [], {}, 0
-        harness.Process.__init__(
-            self, [sys.executable, str(harness.HERE / "consumer.py"), str(KEEP)], env, steered=True
-        )
+        command = [str(harness.HERE / "consumer.py"), str(KEEP)]
+        harness.Process.__init__(self, command, env, steered=True, forked=True)
         self.wait("ready")
 
     def breaches(self, since=0):
@@ -40,8 +38,8 @@ class BrokenNode(harness.Node):
 
     def __init__(self, env, **parameters):
         given = [text for name, value in parameters.items() for text in ("-p", f"{name}:={json.dumps(value)}")]
-        command = [sys.executable, str(harness.HERE / "broken_node.py"), "--ros-args", *given]
-        harness.Process.__init__(self, command, env, steered=True)
+        command = [str(harness.HERE / "broken_node.py"), "--ros-args", *given]
+        harness.Process.__init__(self, command, env, steered=True, forked=True)
 
     def choose(self, mutation):
         line = len(self.lines)

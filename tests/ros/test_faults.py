@@ -6,7 +6,6 @@ The node is the real one with faults put in from outside (faulty_node.py).
 import json
 import shutil
 import signal
-import sys
 
 import pytest
 
@@ -26,8 +25,8 @@ class FaultyNode(harness.Node):
 
     def __init__(self, env, **parameters):
         given = [text for name, value in parameters.items() for text in ("-p", f"{name}:={json.dumps(value)}")]
-        command = [sys.executable, str(harness.HERE / "faulty_node.py"), "--ros-args", *given]
-        harness.Process.__init__(self, command, env, steered=True)
+        command = [str(harness.HERE / "faulty_node.py"), "--ros-args", *given]
+        harness.Process.__init__(self, command, env, steered=True, forked=True)
 
     def fault(self, **faults):
         """Have these happen from now on, and nothing else: clip=("out of memory", 3)."""

@@ -6,7 +6,6 @@ After each of them the node still segments, and its log carries nothing that a t
 import pickle
 import re
 import shutil
-import sys
 import time
 import unicodedata
 from pathlib import Path
@@ -57,8 +56,8 @@ class Stranger(harness.Peer):
 
     def __init__(self, env):
         self.events, self._replies, self._commands = [], {}, 0
-        command = [sys.executable, str(harness.HERE / "stranger.py"), "stranger"]
-        harness.Process.__init__(self, command, env, steered=True)
+        command = [str(harness.HERE / "stranger.py"), "stranger"]
+        harness.Process.__init__(self, command, env, steered=True, forked=True)
         self.wait("ready")
 
 

@@ -443,7 +443,7 @@ def test_what_the_file_asks_for_is_what_the_nodes_parameters_are(launch, environ
     given = tmp_path / "overrides.yaml"
     given.write_text(yaml.dump({"/nerve": {"ros__parameters": node["parameters"][1]}}))
     files = ["--params-file", node["parameters"][0], "--params-file", str(given)]
-    process = harness.Node(environment, arguments=[*files, *node["ros_arguments"]])
+    process = harness.Node(environment, arguments=[*files, *node["ros_arguments"]], forked=False)
     try:
         assert parameters_of_the_node(process, new_peer("asking")) == REACHING
     finally:

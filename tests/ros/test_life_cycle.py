@@ -14,7 +14,7 @@ NAMES = ["ball", "ladder"]
 
 @pytest.fixture(scope="module")
 def rig(new_rig):
-    rig = new_rig(vocabulary=NAMES, autostart=False)
+    rig = new_rig(vocabulary=NAMES, autostart=False, forked=False)
     rig.listen("label_info", "mask", "diagnostics")
     return rig
 
@@ -216,7 +216,7 @@ def test_a_killed_node_comes_back_with_the_vocabulary_that_is_still_published(ri
 
 
 def test_a_node_started_with_what_it_cannot_use_says_so_and_ends(environment):
-    node = harness.Node(environment, threshold=1.5)
+    node = harness.Node(environment, threshold=1.5, forked=False)
     try:
         code = node.ended(harness.LOADING)
     finally:

@@ -11,6 +11,7 @@ import pytest
 import harness
 from nerve_benchmarks.overload import resident_mb
 
+pytestmark = pytest.mark.alone
 SIZES = {"640x480": (640, 480), "1920x1080": (1920, 1080)}
 NAMES = ["ball", "ladder", "chair"]
 ENDS = ("images_segmented", "images_dropped", "images_rejected")

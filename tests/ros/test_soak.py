@@ -5,6 +5,7 @@ import pytest
 
 from nerve_benchmarks import soak
 
+pytestmark = pytest.mark.alone
 DELAY = 2.0
 SILENCE = (100.0, 101.0)
 

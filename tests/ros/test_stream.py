@@ -4,6 +4,7 @@ import time
 
 import pytest
 
+pytestmark = pytest.mark.alone
 PICTURE = {"width": 160, "height": 120}
 OUTPUTS = ("mask", "confidence", "class_confidence")
 
