@@ -5,15 +5,19 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from ..models.conversion import clear_converted, converted_bytes, converted_cache
 from ..models.pairs import ModelPair, Source, find_pair, pair_names
 from ..models.weights import FILES, Download, cached_folder, check_space, fetch, file_names, hub_cache, in_words, plan
 from ..text.cache import EmbeddingCache, cache_folder
+
+if TYPE_CHECKING:
+    from ..models.verify import Finding
 
 models = typer.Typer(no_args_is_help=True, help="Fetch and check the weights of model pairs.")
 
@@ -56,7 +60,10 @@ def pull(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be fetched, and stop.")] = False,
     cache_dir: CacheDir = None,
 ) -> None:
-    """Fetch a pair's weights from the hub into its cache: only what is used, safetensors alone, sizes said first.
+    """Fetch a pair's weights from the hub into its cache: only what is used, sizes said first.
+
+    Safetensors are taken where a model has them. Where it is published as a pickle alone, its tensors are read once, by
+    PyTorch's restricted unpickler in a process of its own, and kept as safetensors in a cache of ours.
 
     What is whole in the cache is kept, so that after an interruption the same command goes on. A token, a mirror and
     the cache are the hub's own settings: HF_TOKEN or hf auth login, HF_ENDPOINT, HF_HUB_CACHE.
@@ -79,10 +86,21 @@ def pull(
     check_space(list(downloads.values()))
     amount = f"{in_words(total)} to fetch into" if total else "nothing to fetch: all is in"
     console.print(f"{amount} {hub_cache(cache_dir)}", soft_wrap=True, highlight=False)
+    pickled = [download for download in downloads.values() if download.pickles]
+    for download in pickled:
+        console.print(
+            f"{download.source} is published as a pickle alone: {in_words(download.bytes_converted)} are converted to "
+            f"safetensors into {converted_cache()}, in a process of its own; what is fetched of the pickle goes again",
+            soft_wrap=True,
+            highlight=False,
+            markup=False,
+        )
     if dry_run:
         return
     for download in downloads.values():
         fetch(download)
+    if pickled and _show(_check(pair, cache_dir), only_faults=True):
+        raise typer.Exit(1)
     console.print(f"{found.name} is whole; check it with: nerve models verify {pair}", soft_wrap=True, highlight=False)
 
 
@@ -94,21 +112,13 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Check that a pair's files are what its networks need; exit code 1 if not. Nothing is fetched."""
-    from ..models.loading import quiet_libraries
-    from ..models.verify import verify as check  # imports the model libraries, which takes seconds
-
-    quiet_libraries()
-    findings = check(pair, cache_dir=_text(cache_dir), deep=deep)
+    findings = _check(pair, cache_dir, deep=deep)
     faults = sum(finding.kind == "fault" for finding in findings)
     if as_json:
         print(json.dumps({"ok": not faults, "findings": [dataclasses.asdict(finding) for finding in findings]}))
     else:
-        console = _console()
-        marks = {"fact": "[green]ok[/green]", "note": "[yellow]note[/yellow]", "fault": "[bold red]fault[/bold red]"}
-        for finding in findings:
-            console.print(marks[finding.kind], end="  " + " " * (5 - len(finding.kind.replace("fact", "ok"))))
-            console.print(f"{finding.place}: {finding.text}", markup=False, highlight=False, soft_wrap=True)
-        console.print(f"{faults} faults" if faults else f"{pair} is whole and fits together", highlight=False)
+        _show(findings)
+        _console().print(f"{faults} faults" if faults else f"{pair} is whole and fits together", highlight=False)
     if faults:
         raise typer.Exit(1)
 
@@ -119,8 +129,12 @@ def path(
     cache_dir: CacheDir = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print the folders in use: the hub's cache, the cache of text embeddings, and those of a pair."""
-    folders: dict[str, str | None] = {"hub cache": str(hub_cache(cache_dir)), "text cache": str(cache_folder())}
+    """Print the folders in use: the hub's cache, that of text embeddings and of converted weights, those of a pair."""
+    folders: dict[str, str | None] = {
+        "hub cache": str(hub_cache(cache_dir)),
+        "text cache": str(cache_folder()),
+        "converted": str(converted_cache()),
+    }
     if pair is not None:
         for part, source in find_pair(pair).sources.items():
             folder = _folder(part, source, cache_dir)
@@ -133,11 +147,41 @@ def path(
 
 
 @models.command("clear-cache")
-def clear_cache() -> None:
-    """Empty the cache of text embeddings; weights stay (hf cache removes those)."""
+def clear_cache(
+    converted: Annotated[
+        bool, typer.Option("--converted", help="Also remove the weights that were converted from pickles.")
+    ] = False,
+) -> None:
+    """Empty the cache of text embeddings; weights stay (hf cache removes the hub's, --converted those made here)."""
     folder = cache_folder()
     freed = EmbeddingCache(folder).clear()
+    if converted:
+        freed += clear_converted()
     _console().print(f"{in_words(freed)} freed in {folder}", soft_wrap=True, highlight=False)
+    if kept := converted_bytes():
+        said = f"{in_words(kept)} of converted weights stay in {converted_cache()}; --converted removes them"
+        _console().print(said, soft_wrap=True, highlight=False, markup=False)
+
+
+def _check(pair: str, cache_dir: Path | None, *, deep: bool = False) -> list[Finding]:
+    """What `models.verify` finds."""
+    from ..models.loading import quiet_libraries
+    from ..models.verify import verify as check  # imports the model libraries, which takes seconds
+
+    quiet_libraries()
+    return check(pair, cache_dir=_text(cache_dir), deep=deep)
+
+
+def _show(findings: list[Finding], *, only_faults: bool = False) -> bool:
+    """Print findings, all or the faults; returns whether there is a fault."""
+    console = _console()
+    marks = {"fact": "[green]ok[/green]", "note": "[yellow]note[/yellow]", "fault": "[bold red]fault[/bold red]"}
+    for finding in findings:
+        if only_faults and finding.kind != "fault":
+            continue
+        console.print(marks[finding.kind], end="  " + " " * (5 - len(finding.kind.replace("fact", "ok"))))
+        console.print(f"{finding.place}: {finding.text}", markup=False, highlight=False, soft_wrap=True)
+    return any(finding.kind == "fault" for finding in findings)
 
 
 def _console() -> Console:
@@ -178,7 +222,9 @@ def _plan_table(downloads: dict[str, Download]) -> Table:
     for part, download in downloads.items():
         absent = {file.name for file in download.absent}
         table.add_row(f"[bold]{part}: {download.source}[/bold]", in_words(sum(f.size for f in download.files)), "")
+        pickled = {name for names in download.pickles.values() for name in names}
         for file in download.files:
-            table.add_row(f"  {file.name}", in_words(file.size), "fetch" if file.name in absent else "here")
+            state = "fetch" if file.name in absent else "here"
+            table.add_row(f"  {file.name}", in_words(file.size), f"{state}, convert" if file.name in pickled else state)
         table.add_section()
     return table

@@ -1,14 +1,16 @@
-"""Finds the files of a model in a folder or the Hugging Face hub's cache, and downloads what is missing."""
+"""Finds the files of a model in a folder or a cache, and downloads, or converts, what is missing."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import logging
 import os
+import re
 import shutil
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import huggingface_hub
@@ -24,6 +26,7 @@ from huggingface_hub.errors import (
 )
 
 from ..errors import ModelError
+from .conversion import convert, converted_cache, copy_of, note_revision
 from .pairs import Source
 
 _log = logging.getLogger(__name__)
@@ -73,6 +76,23 @@ class ModelFiles:
             )
         return chosen
 
+    def pickles(self, present: Collection[str], *, half: bool) -> dict[str, tuple[str, ...]]:
+        """The weights that are there as pickles alone: which safetensors file is to be made of which files, one or the
+        shards of one model."""
+        made: dict[str, tuple[str, ...]] = {}
+        for stem in self.weights:
+            if any(name in present for name in _variants(stem, half)):
+                continue
+            folder, _, last = stem.rpartition("/")
+            last = last if last.startswith("diffusion_") else f"pytorch_{last}"  # transformers' own name for pickles
+            base = f"{folder}/{last}" if folder else last
+            ways = {f"{stem}{mark}.safetensors": _pickle(f"{base}{mark}", present) for mark in (HALF, "")}
+            for target, files in sorted(ways.items(), key=lambda way: half != (f"{HALF}." in way[0])):
+                if files:
+                    made[target] = files
+                    break
+        return made
+
 
 CLIP_FILES = ModelFiles(("config.json",), ("model",), tokenizer="")
 DIFFUSION_FILES = ModelFiles(
@@ -96,18 +116,30 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class Download:
-    """The files of a source on the hub at one commit. files: all that are used. absent: those not yet in the cache."""
+    """The files of a source on the hub at one commit.
+
+    files: all that are used. absent: those not yet in the cache. pickles: which weights are to be converted from which
+    of them. copy: the folder of the safetensors copy, where it was made already, or None.
+    """
 
     source: Source
     cache_dir: str | None
     commit: str
     files: tuple[RemoteFile, ...]
     absent: tuple[RemoteFile, ...]
+    pickles: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    copy: Path | None = None
 
     @property
     def bytes_absent(self) -> int:
         """What must be transferred, in bytes."""
         return sum(file.size for file in self.absent)
+
+    @property
+    def bytes_converted(self) -> int:
+        """What the conversion will write, in bytes; a little more or less."""
+        read = {name for names in self.pickles.values() for name in names}
+        return sum(file.size for file in self.files if file.name in read)
 
 
 def hub_is_off() -> bool:
@@ -116,38 +148,29 @@ def hub_is_off() -> bool:
 
 
 def local_folder(source: Source, files: ModelFiles, *, cache_dir: str | None, offline: bool) -> Path:
-    """The folder that holds a source's files: its own, or the hub's cache, fetched first where files are missing.
+    """The folder that holds a source's files: its own, or one of a cache, fetched first where files are missing.
 
-    What is complete in the cache is used as it is, without asking the hub. Half-precision weights are fetched where the
-    repository has them. Raises ModelError.
+    What is complete in a cache is used as it is, without asking the hub; pickles that lie in the hub's are converted
+    (see `conversion`). Half-precision weights are fetched where the repository has them. Raises ModelError.
     """
     folder = Path(source.location)
     if folder.is_dir():
         return folder
     _check_location(source)
-    found = cached_folder(source, files, cache_dir)
+    found = cached_folder(source, files, cache_dir) or _convert_cached(source, files, cache_dir)
     if found is None and offline:
         raise ModelError(_not_cached(source, cache_dir, "offline is set"))
     return found or fetch(plan(source, files, cache_dir=cache_dir))
 
 
 def cached_folder(source: Source, files: ModelFiles, cache_dir: str | None, *, half: bool = True) -> Path | None:
-    """The folder of a hub id in the cache if all its files are there, else None. half: whether half-precision weights
-    are accepted."""
-    try:
-        folder = Path(
-            snapshot_download(
-                source.location,
-                revision=source.revision,
-                cache_dir=cache_dir,
-                local_files_only=True,
-                allow_patterns=[],  # the folder alone: which files it must hold is checked here
-            )
-        )
-        chosen = files.choose(file_names(folder), half=half)
-    except FileNotFoundError:  # LocalEntryNotFoundError is one
-        return None
-    return folder if half or not any(name.endswith(f"{HALF}.safetensors") for name in chosen) else None
+    """The folder of a hub id in the hub's cache, or of its safetensors copy, if all its files are there, else None.
+    half: whether half-precision weights are accepted."""
+    for cache in (cache_dir, str(converted_cache())):
+        folder = _snapshot(source, cache)
+        if folder is not None and _whole(folder, files, half):
+            return folder
+    return None
 
 
 def plan(source: Source, files: ModelFiles, *, cache_dir: str | None, half: bool = True) -> Download:
@@ -170,43 +193,68 @@ def plan(source: Source, files: ModelFiles, *, cache_dir: str | None, half: bool
     cached = {
         name for name in listed if isinstance(try_to_load_from_cache(source.location, name, cache_dir, commit), str)
     }
+    pickles = files.pickles(listed, half=half)
     try:
-        chosen = files.choose(listed, half=half)
+        chosen = files.choose({*listed, *pickles}, half=half)
         if half:  # of two variants the one that is cached
             kept = [name for stem in files.weights for name in _variants(stem, half) if name in cached][::-1]
             here = {_stem(name): name for name in kept}
             chosen = [here.get(_stem(name), name) for name in chosen]
     except FileNotFoundError as error:
         raise ModelError(f"{source} on the hub cannot be used: {error}") from error
+    copy = copy_of(source.location, commit)
+    if pickles and _whole(copy, files, half):
+        made = tuple(
+            RemoteFile(name, (copy / name).stat().st_size, None) for name in files.choose(file_names(copy), half=half)
+        )
+        return Download(source, cache_dir, commit, made, (), copy=copy)
     wanted = tuple(
         RemoteFile(name, listed[name].size or 0, source.sha256.get(name) or getattr(listed[name].lfs, "sha256", None))
-        for name in chosen
+        for target in chosen
+        for name in pickles.get(target, (target,))
     )
-    return Download(source, cache_dir, commit, wanted, tuple(file for file in wanted if file.name not in cached))
+    absent = tuple(file for file in wanted if file.name not in cached)
+    return Download(source, cache_dir, commit, wanted, absent, pickles)
 
 
 def check_space(downloads: Sequence[Download]) -> None:
-    """Raise ModelError unless the cache's disk has space for what the downloads will transfer."""
-    needed = sum(download.bytes_absent for download in downloads)
-    if not needed:
+    """Raise ModelError unless the disks have space for what the downloads will transfer and convert."""
+    if not downloads:
         return
-    folder = hub_cache(downloads[0].cache_dir)
-    disk = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
-    free = shutil.disk_usage(disk).free
-    if free < needed + _SPARE_BYTES:
-        raise ModelError(
-            f"the disk of {folder} has {in_words(free)} free and {in_words(needed)} are to be fetched; free some, or "
-            "name a cache on another disk (HF_HUB_CACHE, --cache-dir or the parameter cache_dir)"
-        )
+    sizes = {
+        hub_cache(downloads[0].cache_dir): sum(download.bytes_absent for download in downloads),
+        converted_cache(): sum(download.bytes_converted for download in downloads),
+    }
+    sizes = {folder: size for folder, size in sizes.items() if size}
+    needed: dict[int, tuple[Path, int]] = {}
+    for folder, size in sizes.items():
+        disk = _existing(folder).stat().st_dev
+        first, before = needed.get(disk, (folder, 0))
+        needed[disk] = first, before + size
+    for folder, size in needed.values():
+        free = shutil.disk_usage(_existing(folder)).free
+        if free < size + _SPARE_BYTES:
+            own = folder == converted_cache()
+            doing = "converted" if own else "fetched and converted" if len(needed) < len(sizes) else "fetched"
+            raise ModelError(
+                f"the disk of {folder} has {in_words(free)} free and {in_words(size)} are to be {doing}; free some, or "
+                f"name a cache on another disk "
+                f"({'NERVE_CACHE' if own else 'HF_HUB_CACHE, --cache-dir or the parameter cache_dir'})"
+            )
 
 
 def fetch(download: Download) -> Path:
-    """Fetch what is absent and return the folder in the hub's cache.
+    """Fetch what is absent, convert what is a pickle, and return the folder.
 
     One file after the other, weights last: an interruption costs at most the file being transferred, and a partial file
-    never gets a complete one's name. Sizes and digests are checked. Raises ModelError.
+    never gets a complete one's name. Sizes and digests are checked. A pickle that was fetched for this is removed when
+    its copy is whole. Raises ModelError.
     """
     source = download.source
+    if download.copy is not None:
+        with contextlib.suppress(OSError):  # a cache that may not be written serves as it is
+            note_revision(source.location, download.commit, source.revision)
+        return download.copy
     check_space([download])
     if download.absent:
         _log.info("fetching %s: %s in %d files", source, in_words(download.bytes_absent), len(download.absent))
@@ -223,7 +271,17 @@ def fetch(download: Download) -> Path:
                 _check_file(path, file)
         except Exception as error:  # the hub's client and what it transfers with raise many kinds
             raise ModelError(_explain(error, source, download.cache_dir)) from error
-    return folder
+    if not download.pickles:
+        return folder
+    read = {name for names in download.pickles.values() for name in names}
+    kept = {file.name for file in download.files} - read
+    copy = convert(
+        folder, {*kept, *download.pickles}, download.pickles, location=source.location, revision=source.revision
+    )
+    for file in download.absent:
+        if file.name in read:
+            _remove(folder / file.name)
+    return copy
 
 
 def hub_cache(cache_dir: str | os.PathLike[str] | None = None) -> Path:
@@ -278,6 +336,59 @@ def identity(folder: Path, file: str) -> str:
     return f"{path.resolve()}:{status.st_size}:{status.st_mtime_ns}"
 
 
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest above it that is there."""
+    return next(parent for parent in (folder, *folder.parents) if parent.is_dir())
+
+
+def _snapshot(source: Source, cache_dir: str | None) -> Path | None:
+    """The folder of a source's commit in a cache that is laid out as the hub's, whatever it holds, or None."""
+    try:
+        return Path(
+            snapshot_download(
+                source.location,
+                revision=source.revision,
+                cache_dir=cache_dir,
+                local_files_only=True,
+                allow_patterns=[],  # the folder alone: which files it must hold is checked here
+            )
+        )
+    except FileNotFoundError:  # LocalEntryNotFoundError is one
+        return None
+
+
+def _whole(folder: Path, files: ModelFiles, half: bool) -> bool:
+    """Whether a folder holds a model. half: whether half-precision weights are accepted."""
+    try:
+        chosen = files.choose(file_names(folder), half=half)
+    except FileNotFoundError:
+        return False
+    return half or not any(name.endswith(f"{HALF}.safetensors") for name in chosen)
+
+
+def _convert_cached(source: Source, files: ModelFiles, cache_dir: str | None) -> Path | None:
+    """Convert what lies in the hub's cache as pickles, as other programs leave it; None where it is not whole."""
+    folder = _snapshot(source, cache_dir)
+    if folder is None:
+        return None
+    present = file_names(folder)
+    pickles = files.pickles(present, half=True)
+    try:
+        chosen = files.choose({*present, *pickles}, half=True)
+    except FileNotFoundError:
+        return None
+    return convert(folder, chosen, pickles, location=source.location, revision=source.revision)
+
+
+def _pickle(base: str, present: Collection[str]) -> tuple[str, ...]:
+    """The files of a pickle that are present: one, or every shard; nothing where some are missing."""
+    if f"{base}.bin" in present:
+        return (f"{base}.bin",)
+    shards = sorted(name for name in present if re.fullmatch(rf"{re.escape(base)}-\d{{5}}-of-\d{{5}}\.bin", name))
+    whole = bool(shards) and shards == [f"{base}-{k:05}-of-{len(shards):05}.bin" for k in range(1, len(shards) + 1)]
+    return tuple(shards) if whole else ()
+
+
 def _variants(stem: str, half: bool) -> tuple[str, str]:
     whole, halved = f"{stem}.safetensors", f"{stem}{HALF}.safetensors"
     return (halved, whole) if half else (whole, halved)
@@ -319,9 +430,14 @@ def _check_file(path: Path, file: RemoteFile) -> None:
         said = f"{file.name} arrived damaged: its SHA-256 is not {file.sha256}"
     else:
         return
-    path.resolve().unlink()
-    path.unlink(missing_ok=True)
+    _remove(path)
     raise _WrongFile(f"{said}; it was removed from the cache")
+
+
+def _remove(path: Path) -> None:
+    """Take a file out of the hub's cache, and what it links to."""
+    path.resolve().unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
 
 
 class _WrongFile(OSError):
@@ -331,7 +447,8 @@ class _WrongFile(OSError):
 def _not_cached(source: Source, cache_dir: str | None, why: str) -> str:
     return (
         f"{source} is not whole in {hub_cache(cache_dir)} and {why}; fetch it once on a machine with a network "
-        f"(nerve models pull, or hf download {source.location}), copy that cache here, or name a local folder"
+        f"(nerve models pull, or hf download {source.location}), copy that cache here (and {converted_cache()} where "
+        "there is one), or name a local folder"
     )
 
 

@@ -12,6 +12,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import pytest
+from huggingface_hub import constants
+
+NAMES = {"clip": "someone/small-clip", "diffusion": "someone/small-diffusion"}
+"""Hub ids for the small pair."""
+
 
 @dataclass
 class Hub:
@@ -187,3 +193,9 @@ def large(name: str, content: bytes, key: str) -> dict[str, object]:
     if not is_large(name):
         return {}
     return {"lfs": {key: digest(name, content), "size": len(content), "pointerSize": 130}}
+
+
+def point_at(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As HF_ENDPOINT would, which the client reads when it is imported."""
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")

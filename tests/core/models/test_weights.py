@@ -1,7 +1,6 @@
 """Where weights come from: what is asked of the hub, what is kept, and what is said when it goes wrong; over HTTP."""
 
 import errno
-import json
 import logging
 import os
 import shutil
@@ -17,6 +16,7 @@ import pytest
 from huggingface_hub import constants, file_download
 
 import hub as hubs
+from hub import NAMES, point_at
 from nerve_core import ModelError, Segmenter, Vocabulary
 from nerve_core.models import weights
 from nerve_core.models.pairs import Source
@@ -34,68 +34,17 @@ from nerve_core.models.weights import (
 )
 from unprivileged import without_privileges
 
-NAMES = {"clip": "someone/small-clip", "diffusion": "someone/small-diffusion"}
 CLIP, DIFFUSION = Source(NAMES["clip"]), Source(NAMES["diffusion"])
 UNET = "unet/diffusion_pytorch_model.safetensors"
 ROOT = Path(__file__).parents[3]
 
 
-@pytest.fixture
-def pair(whole_pair, tmp_path):
-    """The small pair in a folder that a test may change, its parts named by hub ids."""
-    folder = Path(shutil.copytree(whole_pair, tmp_path / "pair", copy_function=os.link))
-    content = json.loads((folder / "pair.json").read_text())
-    (folder / "pair.json").unlink()
-    content |= {part: {"location": name} for part, name in NAMES.items()}
-    (folder / "pair.json").write_text(json.dumps(content))
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def quiet(monkeypatch, tmp_path):
-    """No user's token, cache or waiting."""
-    for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "HUGGING_FACE_HUB_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NERVE_CACHE", str(tmp_path / "nerve"))
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
-    monkeypatch.setattr(constants, "HF_STORED_TOKENS_PATH", str(tmp_path / "no tokens"))
-    monkeypatch.setattr(file_download, "time", SimpleNamespace(sleep=lambda _: None, time=time.time))
+pytestmark = pytest.mark.usefixtures("no_user")
 
 
 @pytest.fixture
-def hub(pair, monkeypatch):
-    """The stand-in, with the small pair and what a real repository also holds."""
-    with hubs.serve() as served:
-        point_at(served.endpoint, monkeypatch)
-        others = {"README__md": b"# card", "picture.png": b"\x89PNG", "pytorch_model.bin": b"\x80pickle"}
-        served.add(NAMES["clip"], pair / "clip", **others)
-        served.add(
-            NAMES["diffusion"],
-            pair / "diffusion",
-            **others,
-            **{
-                "model_index.json": b"{}",
-                "v2-1_512-ema-pruned.safetensors": b"single file",
-                "v2-1_512-ema-pruned.ckpt": b"pickle",
-                "safety_checker__model.safetensors": b"judge",
-                "safety_checker__config.json": b"{}",
-                "feature_extractor__preprocessor_config.json": b"{}",
-                "unet__diffusion_pytorch_model.bin": b"pickle",
-                "unet__diffusion_pytorch_model.non_ema.safetensors": b"another",
-            },
-        )
-        yield served
-
-
-def point_at(endpoint, monkeypatch):
-    """As HF_ENDPOINT would, which the client reads when it is imported."""
-    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
-
-
-@pytest.fixture
-def cache(tmp_path):
-    return str(tmp_path / "hub cache")
+def pair(pair_on_hub):
+    return pair_on_hub
 
 
 def pull(source, files, cache, **options):
@@ -478,9 +427,11 @@ def test_a_withdrawn_model_is_explained_without_asking_the_hub(hub, cache, gone,
     assert hub.requests == []
 
 
-def test_a_repository_of_pickles_alone_is_refused_with_where_safetensors_may_be(hub, cache):
-    del hub.repositories[NAMES["clip"]]["model.safetensors"]
-    with pytest.raises(ModelError, match=r"pytorch_model\.bin is a pickle: convert it, or name a revision.*refs/pr"):
+def test_a_repository_of_checkpoints_alone_is_refused_with_where_safetensors_may_be(hub, cache):
+    files = hub.repositories[NAMES["clip"]]
+    del files["model.safetensors"], files["pytorch_model.bin"]
+    files["v1-5-pruned.ckpt"] = files["pytorch_model-00001-of-00002.bin"] = b"\x80pickle"
+    with pytest.raises(ModelError, match=r"v1-5-pruned\.ckpt is a pickle: convert it, or name a revision.*refs/pr"):
         plan(CLIP, CLIP_FILES, cache_dir=cache)
     assert hub.fetched() == []
 
