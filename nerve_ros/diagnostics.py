@@ -95,7 +95,9 @@ class Diagnostics:
         trouble = self._health.trouble()
         if trouble is not None:
             return trouble
-        warning = self._namesakes.warning() or self._images.silence() or self._phase.fallen_back
+        warning = (
+            self._namesakes.warning() or self._images.silence() or self._images.wrong_side() or self._phase.fallen_back
+        )
         if warning:
             return DiagnosticStatus.WARN, warning
         if not self._config().enabled:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
@@ -12,15 +13,31 @@ NAMESAKE_WARNING = 25.0
 """Seconds after which another node of the same name is reported: one that was killed is forgotten after 20."""
 
 
-def why_no_image(node: Node, topic: str, message_type: str, qos: QoSProfile) -> str:
+def published_types(node: Node, topic: str) -> set[str]:
+    """The types of messages that are published on a topic's full name, such as "sensor_msgs/msg/Image"."""
+    return {publisher.topic_type for publisher in node.get_publishers_info_by_topic(topic)}
+
+
+def wrong_type(node: Node, topic: str, message_type: str) -> str:
+    """What is wrong where a topic is published, and not with the type that is read; else empty."""
+    types = published_types(node, topic)
+    if not types or message_type in types:
+        return ""
+    # Whoever takes part chooses these names: shown so that no control character reaches a terminal.
+    return f"{topic} is published as {', '.join(repr(kind[:80]) for kind in sorted(types))}; accepted: {message_type}"
+
+
+def why_no_image(node: Node, topic: str, message_type: str, accepted: Sequence[str], qos: QoSProfile) -> str:
     """Why a subscription of `node` to `topic` with `qos` may get nothing, and what helps.
 
-    message_type: what it takes, such as "sensor_msgs/msg/Image".
+    message_type: what it takes, such as "sensor_msgs/msg/Image". accepted: what it would take there.
     """
     publishers = node.get_publishers_info_by_topic(topic)
     if not publishers:
         return "nobody publishes there"
-    reasons = [reason for publisher in publishers for reason in _obstacles(publisher, topic, message_type, qos)]
+    reasons = [
+        reason for publisher in publishers for reason in _obstacles(publisher, topic, message_type, accepted, qos)
+    ]
     if reasons:
         return "; ".join(dict.fromkeys(reasons))
     return (
@@ -29,12 +46,14 @@ def why_no_image(node: Node, topic: str, message_type: str, qos: QoSProfile) -> 
     )
 
 
-def _obstacles(publisher: TopicEndpointInfo, topic: str, message_type: str, qos: QoSProfile) -> list[str]:
+def _obstacles(
+    publisher: TopicEndpointInfo, topic: str, message_type: str, accepted: Sequence[str], qos: QoSProfile
+) -> list[str]:
     # Whoever takes part chooses these names: shown so that no control character reaches a terminal.
     who = repr(f"{publisher.node_namespace.rstrip('/')}/{publisher.node_name}"[:80])
     if publisher.topic_type != message_type:
         kind = publisher.topic_type[:80]
-        return [f"{who} publishes {kind!r} there, and {message_type} is read (see image_transport)"]
+        return [f"{who} publishes {kind!r} there; accepted: {', '.join(accepted)}"]
     theirs, found = publisher.qos_profile, []
     override = f"set the parameter qos_overrides.{topic}.subscription"
     if qos.reliability == ReliabilityPolicy.RELIABLE and theirs.reliability == ReliabilityPolicy.BEST_EFFORT:

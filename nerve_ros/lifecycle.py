@@ -368,5 +368,6 @@ class NerveNode(LifecycleNode):
             self.exit_code = STUCK_EXIT_CODE
             self.context.try_shutdown()
             return
+        self._images.look_again()
         self._questions.expire(self._config.inference_timeout)
         self._diagnostics.publish()

@@ -52,6 +52,10 @@ PAIR_NEGATIVES = ("default",)
 """What ``negatives`` holds where the model pair's own list is meant."""
 
 
+_RCLPY = ("use_sim_time", "start_type_description_service")
+"""Parameters that every node of rclpy has."""
+
+
 class ParameterError(ValueError):
     """A parameter's value is not acceptable; the text says which, why, and what is."""
 
@@ -194,7 +198,8 @@ class NodeConfig:
     )
     image_transport: str = _parameter(
         "raw",
-        "Which topic to read: raw is image (sensor_msgs/Image), compressed is image/compressed (JPEG or PNG).",
+        "Which topic to read: raw is image (sensor_msgs/Image), compressed is image/compressed (JPEG or PNG). Where a "
+        "topic is published with the other type, it is read by the type that it has.",
         when=UNCONFIGURED,
         choices=("raw", "compressed"),
     )
@@ -455,7 +460,7 @@ def unknown_overrides(names: Iterable[str]) -> list[str]:
     """One sentence for each name in `names` (the overrides the node was started with) that is no parameter."""
     sentences = []
     for name in names:
-        if name in FIELDS or name == "use_sim_time" or "." in name:
+        if name in FIELDS or name in _RCLPY or "." in name:  # qos_overrides.* and the like have points
             continue
         close = difflib.get_close_matches(name, FIELDS, n=1)
         hint = f"did you mean '{close[0]}'?" if close else f"there are: {', '.join(FIELDS)}"

@@ -55,8 +55,8 @@ MISMATCHES = {
         ("durability volatile", "qos_overrides./image.subscription.durability to volatile"),
     ),
     "of another type": (
-        {"type": "CompressedImage"},
-        ("sensor_msgs/msg/CompressedImage", "sensor_msgs/msg/Image is read", "image_transport"),
+        {"type": "CameraInfo"},
+        ("sensor_msgs/msg/CameraInfo", "accepted: sensor_msgs/msg/Image, sensor_msgs/msg/CompressedImage"),
     ),
 }
 
@@ -72,6 +72,41 @@ def test_a_publisher_that_does_not_match_is_named_with_the_way_out(rig, mismatch
     rig.talker.do("advertise", **MATCHING)
     rig.segment(PICTURE)
     rig.talker.do("withdraw", topic="image")
+
+
+def test_a_topic_is_read_by_the_type_that_is_published_there_whatever_image_transport_says(rig):
+    line = len(rig.node.lines)
+    strict = MATCHING | {"type": "CompressedImage"}
+    rig.talker.do("advertise", **strict)  # returns when it is subscribed to
+    rig.node.wait_log("/image is read as sensor_msgs/msg/CompressedImage.*though image_transport is raw", since=line)
+    show(rig, "image")
+    # A camera that comes back raw is read raw.
+    rig.talker.do("withdraw", topic="image")
+    rig.talker.do("advertise", **MATCHING)
+    rig.segment(PICTURE)
+    rig.talker.do("withdraw", topic="image")
+    told = [text for text in rig.node.lines[line:] if "is read as" in text]
+    assert len(told) == 1, told
+
+
+def show(rig, topic):
+    """Publish a JPEG on any topic until its mask comes."""
+    since, data = rig.listener.mark(), base64.b64encode(picture_file("jpg")).decode()
+    for attempt in range(30):
+        stamp = [1_900_000_000 + attempt, 3]
+        rig.talker.do("message", topic=topic, type="CompressedImage", fields={"format": "jpeg"}, data=data, stamp=stamp)
+        with suppress(AssertionError):
+            rig.listener.wait("mask", lambda event: event["stamp"][0] >= 1_900_000_000, since=since, timeout=5.0)
+            return
+    raise AssertionError(rig.node.report())
+
+
+def test_images_on_the_cameras_other_topic_are_told_with_the_setting_that_reads_them(rig):
+    rig.talker.do("advertise", topic="image/compressed", wait=False)
+    warned(
+        rig, "no image on /image", "but sensor_msgs/msg/CompressedImage on /image/compressed", "image_transport to comp"
+    )
+    rig.talker.do("withdraw", topic="image/compressed")
 
 
 def test_the_log_names_the_policy_too(rig):
@@ -212,3 +247,46 @@ def test_a_compressed_image_that_is_none_is_dropped(compressed, format, data, ki
 def test_good_compressed_images_are_segmented(compressed, format):
     mask = compressed.segment(PICTURE | {"encoding": format})["mask"]
     assert (mask["width"], mask["height"]) == (96, 64)
+
+
+def test_the_topic_beside_is_read_by_its_type_too_and_the_cameras_own_where_that_is_the_compressed_one(compressed):
+    rig, line = compressed, len(compressed.node.lines)
+    rig.talker.do("withdraw", topic="image/compressed")
+    rig.talker.do("advertise", topic="image", wait=False)
+    warned(rig, "no image on /image/compressed", "but sensor_msgs/msg/Image on /image: set image_transport to raw")
+    rig.talker.do("withdraw", topic="image")
+    rig.talker.do("advertise", **(MATCHING | {"type": "CompressedImage"}))
+    rig.node.wait_log("/image is read as sensor_msgs/msg/CompressedImage.*image_transport is compressed", since=line)
+    show(rig, "image")
+    rig.talker.do("withdraw", topic="image")
+
+
+# Depth.
+
+
+@pytest.mark.parametrize(
+    ("topic", "type", "accepted"),
+    [
+        ("depth", "CompressedImage", "accepted: sensor_msgs/msg/Image, as it"),
+        ("camera_info", "Image", "msg/CameraInfo"),
+    ],
+)
+def test_a_depth_topic_of_another_type_is_named_with_what_is_accepted(compressed, topic, type, accepted):
+    rig = compressed
+    for label in ("deactivate", "cleanup"):
+        assert rig.talker.do("transition", label=label)["success"]
+    for name, value in (("image_transport", "raw"), ("use_depth", True)):
+        assert rig.talker.do("set_parameter", name=name, value=value)["successful"]
+    for label in ("configure", "activate"):
+        assert rig.talker.do("transition", label=label)["success"]
+    line = len(rig.node.lines)
+    rig.talker.do("advertise", **MATCHING)
+    rig.talker.do("stream", picture=PICTURE, rate=5.0)
+    try:
+        rig.talker.do("advertise", topic=topic, type=type, wait=False)
+        told = warned(rig, f"/{topic} is published as 'sensor_msgs/msg/{type}'", accepted)
+        assert told.isprintable()
+        rig.node.wait_log(f"/{topic} is published as", since=line)
+    finally:
+        rig.talker.do("stop_stream")
+        rig.talker.do("withdraw", topic=topic)

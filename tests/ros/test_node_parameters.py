@@ -269,7 +269,8 @@ def test_numbers_out_of_range_make_no_config(value):
 
 
 def test_unknown_names_are_told_with_the_nearest_known_one():
-    assert unknown_overrides(["model", "use_sim_time", "qos_overrides./image.subscription.depth"]) == []
+    assert unknown_overrides(["model", "qos_overrides./image.subscription.depth"]) == []
+    assert unknown_overrides(["use_sim_time", "start_type_description_service"]) == []
     (sentence,) = unknown_overrides(["vocabluary"])
     assert "did you mean 'vocabulary'" in sentence
 

@@ -16,6 +16,9 @@ import harness
         ("compressed", ("image/compressed:=/camera/jpeg",), "/camera/jpeg"),
         ("compressed", ("image:=/camera/color", "image/compressed:=/camera/jpeg"), "/camera/jpeg"),
         ("compressed", ("__ns:=/front", "image:=color"), "/front/color/compressed"),
+        # The topic of compressed images itself, which everybody copies from `ros2 topic list`.
+        ("raw", ("image:=/camera/color/compressed",), "/camera/color/compressed"),
+        ("compressed", ("image:=/camera/jpeg/compressed",), "/camera/jpeg/compressed"),
         # ROS applies one rule to a name, once.
         ("raw", ("image:=/first", "/first:=/second"), "/first"),
     ],
