@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from nerve_core.cli.app import app, main
-from nerve_core.cli.options import AsJson, Device, Model, Precision, Preset, Set, console, load
+from nerve_core.cli.options import AsJson, Device, Model, Precision, Preset, Set, console, load, say
+from nerve_ros import signals
 
 if TYPE_CHECKING:
     from nerve_core.replay.frames import Frame
@@ -48,10 +49,14 @@ def locate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the answer as one JSON object.")] = False,
 ) -> None:
     """Ask a running node where something is in its newest image. Ends with 1 where it is not found."""
-    _need_ros("nerve locate")
-    from nerve_ros import locate as question
+    with signals.remembered() as came:
+        try:
+            _need_ros("nerve locate")
+            from nerve_ros import locate as question
 
-    answer = question.ask(name, namespace=namespace, wait=wait, mask=mask)
+            answer = question.ask(name, namespace=namespace, wait=wait, mask=mask, ended=came)
+        except signals.Ended as ended:
+            _end("nerve locate", ended)
     typer.echo(question.as_json(answer) if as_json else question.as_text(answer))
     raise typer.Exit(0 if answer["found"] else 1)
 
@@ -139,7 +144,11 @@ def replay(
         rig = with_node.Rig(namespace, rate, node_pid, chosen if start_node else None)
         out.mkdir(parents=True, exist_ok=True)
         with console.status("") as status:
-            played = with_node.play(bag, selection, vocabulary, rig, out / "node.log", status.update)
+            try:
+                with signals.raised():
+                    played = with_node.play(bag, selection, vocabulary, rig, out / "node.log", status.update)
+            except signals.Ended as ended:
+                _end("nerve replay", ended)
             status.update("loading the node's model")
             segmenter = played.load()
         vocabulary, model = played.vocabulary(vocabulary), played.config.model
@@ -176,6 +185,12 @@ def replay(
         print(json.dumps({"images": replayed.frames, "interrupted": replayed.interrupted, "out": str(out)}))
     unequal = live and (comparison.different or not comparison.compared)
     raise typer.Exit(130 if replayed.interrupted else 1 if unequal else 0)
+
+
+def _end(command: str, ended: signals.Ended) -> NoReturn:
+    """Say by which signal the command was ended, and end it with the exit code that says so too."""
+    say(f"{command}: {ended}", style="yellow")
+    raise typer.Exit(128 + ended.number)
 
 
 def _need_ros(command: str) -> None:

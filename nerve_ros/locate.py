@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,16 @@ from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.validate_namespace import validate_namespace
 
+from nerve_ros.signals import Ended
 from nerve_ros.srv import Locate
 
 
-def ask(name: str, *, namespace: str, wait: float, mask: Path | None) -> dict[str, Any]:
+def ask(name: str, *, namespace: str, wait: float, mask: Path | None, ended: Sequence[int] = ()) -> dict[str, Any]:
     """What the node `nerve` of `namespace` answers about `name`, as plain values; its mask goes to the file `mask`.
 
-    wait: seconds for the node to be there, and again for its answer. Raises ValueError for a namespace that is none,
-    and RuntimeError where nobody answers, no image was searched, or the file cannot be written.
+    wait: seconds for the node to be there, and again for its answer. ended: the signals that came so far
+    (signals.remembered). Raises ValueError for a namespace that is none, RuntimeError where nobody answers, no image
+    was searched, or the file cannot be written, and signals.Ended.
     """
     namespace = "/" + namespace.strip("/")
     try:
@@ -33,8 +36,15 @@ def ask(name: str, *, namespace: str, wait: float, mask: Path | None) -> dict[st
     service = f"{namespace.rstrip('/')}/nerve/locate"
     rclpy.init(args=[])
     try:
+        if ended:  # before rclpy's own handlers were there
+            raise Ended(ended[0])
         node = rclpy.create_node(f"nerve_locate_{os.getpid()}")
         return _ask(node, service, name, wait, mask)
+    except Exception as error:
+        # Once the process is asked to end, whatever rclpy does fails, or seems to have taken too long.
+        if ended:
+            raise Ended(ended[0]) from error
+        raise
     finally:
         rclpy.try_shutdown()
 

@@ -134,6 +134,14 @@ class Process:
         else:
             os.kill(pid, number)
 
+    def wait_for_dds(self) -> None:
+        """Return once the process takes part in ROS: from then on it could leave shared memory behind."""
+        deadline = time.monotonic() + LOADING
+        while not shared_memory(self._child.pid):
+            if time.monotonic() > deadline or not self.running:
+                raise AssertionError(f"took no part in ROS\n{self.report()}")
+            time.sleep(0.02)
+
     def ended(self, timeout: float = PATIENCE) -> int:
         """The exit code, once the process has ended by itself or by a signal."""
         try:

@@ -1,6 +1,7 @@
 """`nerve locate` as a person types it, beside a running node."""
 
 import json
+import signal
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import cv2
 import numpy as np
 import pytest
 
+import harness
 from results_schema import assert_fits, printed, unnoticed
 
 PICTURE = {"width": 160, "height": 120}
@@ -71,3 +73,19 @@ def test_what_cannot_be_asked_is_one_sentence_and_two(rig, arguments, reason):
     assert done.returncode == 2
     assert reason in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_in_order_with_a_sentence_and_its_own_exit_code(environment, number):
+    command = [sys.executable, "-m", "nerve_ros.cli", "locate", "ball", "--namespace", "/nobody", "--wait", "300"]
+    asked = harness.Process(command, environment)
+    try:
+        asked.wait_for_dds()
+        asked.send(number)
+        assert asked.ended() == 128 + number
+    finally:
+        asked.kill()
+    said = "\n".join(asked.lines)
+    assert f"nerve locate: ended by {number.name}" in said
+    assert "Traceback" not in said
+    assert "nobody answers" not in said
