@@ -136,7 +136,12 @@ def test_while_disabled_nothing_is_published_and_questions_are_answered(rig):
     assert rig.talker.do("enable", on=False) == {"success": True, "message": ""}
     try:
         assert rig.talker.do("get_parameter", name="enabled")["value"] is False
-        rig.listener.wait("diagnostics", lambda event: event["message"].startswith("disabled: "))
+        # A silent camera would be told of first.
+        rig.talker.do("stream", picture=PICTURE, rate=5.0)
+        try:
+            rig.listener.wait("diagnostics", lambda event: event["message"].startswith("disabled: "))
+        finally:
+            rig.talker.do("stop_stream")
         since = rig.listener.mark()
         answer = {"stamp": None}
         for attempt in range(20):  # best effort: one may be lost, or come after the question
