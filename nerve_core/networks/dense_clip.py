@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import CLIPModel, CLIPVisionConfig
 
 from ..text.templates import template_set
-from .layers import attend, pack_weights
+from .layers import attend, attention_weights, pack_weights
 from .parts import ClipAttention, ClipLayer, ClipVision, drop, of_class
 
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -109,14 +109,26 @@ class DenseClip:
     @torch.no_grad()
     def features(self, image: Tensor) -> PatchFeatures:
         """image: float32 [1, 3, H, W] in 0..1, RGB, on the model's device."""
+        return self.embed(self.prepared(image), self.positions(self.grid(*image.shape[-2:])))
+
+    @torch.no_grad()
+    def prepared(self, image: Tensor) -> Tensor:
+        """An image as for `features`, resized to whole patches and normalised: [1, 3, rows, columns] in the network's
+        dtype."""
         grid = self.grid(*image.shape[-2:])
         size = (grid[0] * self.patch, grid[1] * self.patch)
         pixels = F.interpolate(image, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
-        pixels = ((pixels - self._mean) / self._deviation).to(self.dtype)
+        return ((pixels - self._mean) / self._deviation).to(self.dtype)
+
+    @torch.no_grad()
+    def embed(self, pixels: Tensor, positions: Tensor) -> PatchFeatures:
+        """The network alone, for pixels of `prepared` and `positions` of their grid. It depends on nothing that changes
+        from image to image, so that torch.compile compiles it once a grid."""
+        grid = (pixels.shape[2] // self.patch, pixels.shape[3] // self.patch)
         embeddings = self._tower.embeddings
         patches = embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)  # [1, patches, width]
         tokens = torch.cat([embeddings.class_embedding.expand(1, 1, -1), patches], dim=1)
-        hidden = self._tower.pre_layrnorm(tokens + self.positions(grid))
+        hidden = self._tower.pre_layrnorm(tokens + positions)
         maps, affinity = HEADS[self.config.head](self._tower.encoder.layers, hidden, grid)
         projected = self.projection(self._tower.post_layernorm(maps[:, 1:]))
         return PatchFeatures(F.normalize(projected.float(), dim=-1), affinity, grid)
@@ -235,16 +247,14 @@ def _distance_bias(grid: _Grid, device: torch.device) -> Tensor:
 
 def _attend_and_add(q: Tensor, k: Tensor, v: Tensor, fused: Tensor) -> Tensor:
     """Attention of q, k, v [heads, T, size], whose weights are added to `fused` [heads, T, T]."""
-    heads, _, size = q.shape
+    heads = len(q)
     step = 1 if q.device.type == "cpu" else heads  # the weights of one head stay in a core's cache
-    scores = q.new_empty((step, *fused.shape[1:]))
-    weights, attended = torch.empty_like(scores), torch.empty_like(q)
+    weights, attended = torch.empty_like(fused[:step]), torch.empty_like(q)
     for head in range(0, heads, step):
         part = slice(head, head + step)
-        torch.baddbmm(scores, q[part], k[part].mT, beta=0, alpha=size**-0.5, out=scores)
-        torch.softmax(scores, -1, out=weights)
+        attention_weights(q[part], k[part], out=weights)
         fused[part] += weights
-        attended[part] = weights @ v[part]
+        attended[part] = weights.to(v.dtype) @ v[part]
     return attended
 
 
@@ -270,7 +280,7 @@ def _cliper(layers: Sequence[ClipLayer], hidden: Tensor, grid: _Grid) -> tuple[T
         hidden = hidden + _merge(attention, _attend_and_add(q, k, v, fused)[None])
         hidden = hidden + layer.mlp(layer.layer_norm2(hidden))
     inputs.append(hidden)
-    fused /= fused.sum(-2, keepdim=True)
+    fused /= fused.sum(-2, keepdim=True).clamp_min_(torch.finfo(fused.dtype).tiny)  # a token that none attends to
     fused /= fused.sum(-1, keepdim=True)
     fused = (fused + fused.mT) / 2
     fused = (fused - fused.mean(-2, keepdim=True)).clamp_min_(0)

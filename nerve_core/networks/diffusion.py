@@ -145,7 +145,7 @@ class DiffusionTaps:
         self.grid = (rows // coarser, columns // coarser)
         generator = torch.Generator().manual_seed(config.noise_seed)
         noise = torch.randn((1, made, rows, columns), generator=generator)
-        self._noise = (self.noise * noise).to(prompt.device)
+        self._noise = (self.noise * noise).to(prompt.device, memory_format=torch.channels_last)
 
     @torch.no_grad()
     def __call__(self, image: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,14 +153,26 @@ class DiffusionTaps:
 
         image: float32 [1, 3, H, W] in 0..1, RGB, on the model's device. The same image always gives the same result.
         """
-        Q, K = tapped_projections(self._unet, self.noisy_latent(image), self.config.taps)
-        return Q[0], K[0]
+        return self.project(self.prepared(image))
 
     @torch.no_grad()
+    def prepared(self, image: Tensor) -> Tensor:
+        """An image in 0..1 resized to the input size: [1, 3, *input_size] in -1..1, in the network's dtype."""
+        pixels = F.interpolate(image, self.config.input_size, mode="bilinear", antialias=True, align_corners=False)
+        return (2 * pixels - 1).to(self.dtype, memory_format=torch.channels_last)
+
+    @torch.no_grad()
+    def project(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """The networks alone, for pixels of `prepared`: torch.compile compiles it once, whatever the images' sizes."""
+        Q, K = tapped_projections(self._unet, self._noisy_latent(pixels), self.config.taps)
+        return Q[0], K[0]
+
     def noisy_latent(self, image: Tensor) -> Tensor:
         """The image's latent at the timestep: [1, channels, h, w] in the network's dtype, `cell` pixels a side each."""
-        pixels = F.interpolate(image, self.config.input_size, mode="bilinear", antialias=True, align_corners=False)
-        pixels = (2 * pixels - 1).to(self.dtype, memory_format=torch.channels_last)
+        return self._noisy_latent(self.prepared(image))
+
+    @torch.no_grad()
+    def _noisy_latent(self, pixels: Tensor) -> Tensor:
         latent = self._encode(pixels).float() * self.scaling
         return (self.signal * latent + self._noise).to(self.dtype, memory_format=torch.channels_last)
 

@@ -344,6 +344,16 @@ def test_rows_of_G_are_distributions_where_cliper_has_nothing_to_attend_to():
         torch.testing.assert_close(G.sum(-1), torch.ones(64), rtol=0, atol=1e-5)
 
 
+def test_tokens_that_none_attends_to_leave_everything_finite():
+    sharp = small_clip()
+    for layer in sharp.vision_model.encoder.layers:
+        layer.self_attn.q_proj.weight.mul_(1e5)  # every token attends to one
+    frame = dense(sharp, "cliper")
+    features = frame.features(picture(24, 24))
+    assert features.embeddings.isfinite().all()
+    torch.testing.assert_close(features.affinity.sum(-1), torch.ones(36), rtol=0, atol=1e-5)
+
+
 def test_a_single_patch_is_enough(clip):
     for head in HEADS:
         frame = dense(clip, head, short_side=2)
