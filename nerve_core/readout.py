@@ -80,8 +80,9 @@ class Readout:
 class LabelMaps:
     """What competes for the pixels after the edges, on the working size; a label's queries are merged by their maximum.
 
-    maps: float32 [k, rows, columns] of the labels that win at a token or more. labels: int64 [k], ascending, 0 the
-    background. asked: float32 [., rows, columns], the maps of classes that were asked for, which need not compete.
+    maps: float32 [k, rows, columns] of the labels that win at a token or more; on CUDA of all, -1 throughout for those
+    that win at none. labels: int64 [k], ascending, 0 the background. asked: float32 [., rows, columns], the maps of
+    classes that were asked for, which need not compete.
     """
 
     maps: Tensor
@@ -139,18 +140,26 @@ def carry_labels(
     edges: PixelTransition,
     maps: Sequence[int] = (),
 ) -> LabelMaps:
-    """What `read_out` compares, carried along the image's own pixels; waits for the device once, to count the labels.
+    """What `read_out` compares, carried along the image's own pixels; never waits for the device.
 
-    G, P, classes, names, grid, config: as for `read_out`. Labels that win at no token are left out, so that neither the
-    labels nor the time depend on how many of them there are; as S averages, they and whatever else is left out are the
-    remainder to 1 at every pixel. maps: labels whose maps are wanted whether they win or not.
+    G, P, classes, names, grid, config: as for `read_out`. Labels that win at no token do not compete, so that the
+    labels do not depend on how many of them there are; as S averages, they and whatever else is left out are the
+    remainder to 1 at every pixel. On the CPU they are not carried, so that the time does not either; on CUDA, where to
+    count them would be a wait, they are carried and then struck out. maps: labels whose maps are wanted whether they
+    win or not.
     """
     values = _compared(G, P, classes, names, config)[0].T  # [queries, N]
     merged = values.new_zeros((names + 1, values.shape[1]))
     merged = merged.scatter_reduce(0, classes[:, None].expand_as(values), values, "amax")
     wins = ((merged == merged.amax(0)) & (merged > 0)).any(1)
-    winning = wins.nonzero()[:, 0].tolist() or [0]
     merged = merged.unflatten(1, grid)
+    if merged.is_cuda:
+        wins[0] |= ~wins.any()
+        carried = edges.carry(merged)
+        asked = torch.stack([carried[label] for label in maps]) if maps else carried[:0]
+        drawn = torch.where(wins[:, None, None], carried, -1)
+        return LabelMaps(drawn, torch.arange(names + 1, device=P.device), asked)
+    winning = wins.nonzero()[:, 0].tolist() or [0]
     drawn = edges.carry(merged[winning])
     labels = torch.tensor(winning, device=P.device)
     others = [label for label in dict.fromkeys(maps) if label not in winning]
@@ -174,7 +183,7 @@ def read_out(
     maps: Sequence[Sequence[int]] = (),
     drawn: LabelMaps | None = None,
 ) -> Readout:
-    """Name every pixel of an image of `size` (rows, columns); never waits for the device.
+    """Name every pixel of an image of `size` (rows, columns); never waits for the device, and sends it nothing.
 
     G, P: float32 [., queries], before and after the walk, P on the tokens of `grid`. classes: int64 [queries], the
     label of each query, 0 for negatives. The queries of a class are merged by their maximum at each pixel, after
@@ -193,11 +202,11 @@ def read_out(
     peak = torch.zeros(names + 1, device=device).scatter_reduce(0, classes, P.amax(0), "amax")
     if drawn is None:
         source = compared.T.unflatten(-1, grid)
-        asked = [torch.tensor(queries, device=device) for queries in maps]
     else:
         source, classes = drawn.maps, drawn.labels
         if config.readout == "argmax":
-            peak = peak.scatter(0, classes, source.flatten(1).amax(1))
+            top = source.flatten(1).amax(1)
+            peak = peak.scatter(0, classes, torch.where(top < 0, peak[classes], top))
     best = torch.empty(size, device=device)
     winner = torch.empty(size, device=device)
     # A maximum over ranks finds the winner's label several times faster than a maximum that keeps its index.
@@ -209,8 +218,8 @@ def read_out(
             dense[:, rows] = _in_255ths(values)
     for rows, scores in _resized(source, size):
         if drawn is None:
-            for plane, queries in zip(dense, asked, strict=True):
-                plane[rows] = _in_255ths(scores.index_select(0, queries).amax(0))
+            for plane, queries in zip(dense, maps, strict=True):
+                plane[rows] = _in_255ths(torch.stack([scores[query] for query in queries]).amax(0))
         torch.amax(scores, 0, out=best[rows])
         torch.amax(scores.eq_(best[rows]).mul_(rank), 0, out=winner[rows])
     labels = (names + 1 - winner) % (names + 1)

@@ -13,13 +13,15 @@ import pytest
 import torch
 
 from emulated_cuda import emulated_cuda
+from nerve_benchmarks.checks import _synchronisations
 from nerve_core import Segmenter, Vocabulary
 from nerve_core.embedded.scenes import draw_scene
 from nerve_core.models.loading import load_clip
 from nerve_core.models.pairs import find_pair
 from nerve_core.networks.dense_clip import HEADS, ClipConfig, DenseClip
 from nerve_core.networks.frame import GRAPH_AFTER, GRAPHS_KEPT, FramePart
-from nerve_core.readout import ReadoutConfig, read_out
+from nerve_core.readout import ReadoutConfig, carry_labels, read_out
+from nerve_core.walk.edges import EdgesConfig, pixel_transition
 
 # a fraction of the pair's tokens, heads and templates: the same path in a fraction of the time
 SMALL = {"input_size": (64, 96), "taps": ((2, 0),), "short_side": 72, "templates": ("a {}.",)}
@@ -50,16 +52,16 @@ def cache(tmp_path_factory):
 
 
 def load(cache, device, **more):
-    # Without edges: how many labels win is asked of the device, a second wait and an indexing that is not emulated.
-    settings = SMALL | {"edges": "none"} | more.pop("settings", {})
+    settings = SMALL | {"edges": "none"} | more.pop("settings", {})  # a third of the time; those with edges are below
     return Segmenter.from_pretrained("embedded", device=device, cache_dir=cache, settings=settings, **more)
 
 
 class Both:
     """One pair twice: on the CPU, whose segmentations are kept, and on the stand-in."""
 
-    def __init__(self, cache, **settings):
-        self.cpu, self.cuda = (load(cache, device, settings=settings) for device in ("cpu", "cuda:0"))
+    def __init__(self, cache, dtype=None, **settings):
+        self.cpu = load(cache, "cpu", settings=settings)
+        self.cuda = load(cache, "cuda:0", dtype=dtype, settings=settings)
         self._known = {}
 
     def __call__(self, seen, vocabulary=NAMES):
@@ -164,6 +166,97 @@ def test_in_float32_it_is_the_same_too(gpu, cache, pair):
         assert_agree(pair[0].cpu(image(0), NAMES), segmenter(image(0), NAMES))
     assert segmenter.device_memory > 0
     segmenter.close()
+
+
+# --- edges ----------------------------------------------------------------------------------------------------
+
+EDGES = {"edges": "pixels", "edge_size": 80}
+
+
+@pytest.fixture(scope="module")
+def drawn(gpu, cache):
+    """The pair with edges and a graph for the image's size; in float32, as edges hand small differences on."""
+    both = Both(cache, dtype="fp32", **EDGES)
+    both.captured(image(0))
+    return both
+
+
+def test_edges_are_made_in_the_graph_and_cost_no_wait(gpu, drawn):
+    for number, maps in ((0, ()), (1, (2, 5)), (2, (6, 6, 1))):
+        queries, expected = drawn.cuda.embed(NAMES), drawn.cpu.embed(NAMES)
+        expected = drawn.cpu.segment(drawn.cpu.encode(image(number)), expected, maps=maps)
+        gpu.reset_counts()
+        encoded = drawn.cuda.encode(image(number))
+        assert gpu.counts["replay"] == 1
+        assert gpu.counts["exp"] == gpu.counts["pow"] == 0  # of colours: they are in the graph
+        found = drawn.cuda.segment(encoded, queries, maps=maps)
+        assert gpu.waits == ONE_WAIT
+        assert gpu.counts["_embedding_bag_forward_only"] == 10
+        assert_agree(expected, found)
+        assert found.maps.shape == expected.maps.shape
+        assert (abs(found.maps.astype(int) - expected.maps) <= 3).all()
+
+
+@pytest.mark.parametrize("case", ["exp", "thresholds", "presence_minmax", "presence_max", "minmax"])
+def test_labels_that_win_nowhere_do_not_compete_on_cuda_either(gpu, pair, case):
+    """G and P of sixty names of which six win somewhere, carried and read on both."""
+    draw, names, grid = torch.Generator().manual_seed(1), 60, (16, 24)
+    classes = torch.cat((torch.arange(names + 1), torch.tensor([0, 3])))
+    scores = 8 * torch.rand((6, *grid), generator=draw)
+    P = torch.zeros((len(classes), *grid))
+    P[[0, 4, 9, 30, 31, 60]] = scores
+    P = P.flatten(1).T.softmax(-1)
+    G = (P + 0.01).softmax(-1)
+    pixels = torch.from_numpy(image(3)).permute(2, 0, 1)[None].float().div_(255)
+    with set_to((pair[0].cpu,), **WALKS[case]):
+        config = pair[0].cpu.settings.readout
+    found = []
+    for device in (CPU, CUDA):
+        given = [x.to(device) for x in (G, P, classes)]
+        edges = pixel_transition(pixels.to(device), EdgesConfig(edge_size=80))
+        gpu.reset_counts()
+        drawn = carry_labels(*given, names, grid, config, edges, (9, 2, 9))
+        read = read_out(*given, names, grid, (120, 160), config, [()] * 3, drawn)
+        assert gpu.waits == []
+        found.append(read.to_host())
+    mine, theirs = found
+    assert len(set(mine.labels.flatten().tolist())) > 2
+    assert (mine.labels == theirs.labels).float().mean() >= 0.9999
+    for a, b in ((mine.confidence, theirs.confidence), (mine.maps, theirs.maps)):
+        assert a.shape == b.shape
+        assert (a.int() - b.int()).abs().max() <= 1
+    torch.testing.assert_close(mine.peak, theirs.peak, rtol=0, atol=1e-5)
+    torch.testing.assert_close(mine.presence, theirs.presence, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["presence_minmax", "presence_max", "minmax", "thresholds"])
+def test_edges_of_every_readout_are_the_cpu_s(gpu, drawn, case):
+    segmenters = drawn.cpu, drawn.cuda
+    with set_to(segmenters, **WALKS[case]):
+        assert_agree(*(segmenter(image(4), NAMES) for segmenter in segmenters))
+
+
+def test_without_edges_maps_that_are_asked_for_are_merged_on_the_device(gpu, pair):
+    both, encoded = pair
+    segmenters, maps = (both.cpu, both.cuda), (2, 5)
+    queries = [segmenter.embed(NAMES) for segmenter in segmenters]
+    gpu.reset_counts()
+    expected, found = (
+        segmenter.segment(*given, maps=maps) for segmenter, *given in zip(segmenters, encoded, queries, strict=True)
+    )
+    assert gpu.waits == ONE_WAIT
+    assert (abs(found.maps.astype(int) - expected.maps) <= 3).all()
+
+
+def test_the_check_of_a_gpu_s_figures_counts_hidden_waits_and_no_others(gpu, drawn):
+    assert _synchronisations(lambda: drawn.cuda(image(0), NAMES)) == 0
+
+    def waits_twice_more():
+        drawn.cuda(image(0), NAMES)
+        torch.ones(3, device="cuda:0").sum().item()
+        torch.ones(3, device="cuda:0").nonzero()
+
+    assert _synchronisations(waits_twice_more) == 2
 
 
 # --- heads ----------------------------------------------------------------------------------------------------
