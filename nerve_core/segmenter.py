@@ -7,7 +7,6 @@ import logging
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, wraps
 from pathlib import Path
@@ -23,7 +22,15 @@ from .models.pairs import ModelPair, Source, find_pair
 from .models.weights import hub_is_off
 from .networks.dense_clip import DenseClip
 from .networks.diffusion import DiffusionConfig, DiffusionTaps
-from .networks.frame import GRAPH_AFTER, FrameFeatures, FramePart, Stopwatch
+from .networks.frame import (
+    GRAPH_AFTER,
+    FrameFeatures,
+    FramePart,
+    Stopwatch,
+    free_cached_memory,
+    lack_of_memory,
+    on_device,
+)
 from .readout import ClassConfidence, carry_labels, describe_classes, read_out
 from .settings import Settings
 from .text.cache import EmbeddingCache, cache_folder
@@ -68,7 +75,7 @@ class Segmentation:
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """The networks' output for one image, for any vocabulary; valid until the next image is encoded.
+    """The networks' output for one image, for any vocabulary.
 
     size: rows and columns of the image.
     """
@@ -88,7 +95,7 @@ def _raises_out_of_memory(
         try:
             return method(self, *args, **kwargs)
         except (RuntimeError, MemoryError) as error:
-            reason = _lack_of_memory(error)
+            reason = _reason(error)
             if reason is None:
                 raise
         # Not inside the except block: while the error lives, its traceback holds the tensors that took the memory.
@@ -217,7 +224,7 @@ class Segmenter:
         try:
             return (yield from self._embed_steps(vocabulary))
         except (RuntimeError, MemoryError) as error:
-            reason = _lack_of_memory(error)
+            reason = _reason(error)
             if reason is None:
                 raise
         self._no_memory(reason)
@@ -249,7 +256,7 @@ class Segmenter:
         Raises ValueError for anything else, and OutOfMemory.
         """
         check_image(image)
-        with self._on_device():
+        with on_device(self.device):
             watch = Stopwatch(self.device)
             return EncodedImage(self.frame_part(image, watch.lap), image.shape[:2], watch)
 
@@ -258,7 +265,7 @@ class Segmenter:
     def segment(
         self, encoded: EncodedImage, vocabulary: QueryEmbeddings, *, maps: Sequence[int] = (), follow: bool = True
     ) -> Segmentation:
-        """Label every pixel of the image that was encoded last, by queries from `embed`; may be called repeatedly.
+        """Label every pixel of an encoded image by queries from `embed`; may be called repeatedly.
 
         maps: labels (1 to the number of names) whose probability is wanted at every pixel. follow: whether the walk of
         the next image may start from this one's P (setting previous_frame_start).
@@ -266,7 +273,7 @@ class Segmenter:
         """
         if not vocabulary.names:
             return unlabelled(encoded.size)
-        with self._on_device():
+        with on_device(self.device):
             return self._segment(encoded, vocabulary, maps, follow)
 
     def _segment(
@@ -304,8 +311,9 @@ class Segmenter:
     def frame(self, image: np.ndarray, queries: QueryEmbeddings) -> tuple[Tensor, Tensor, Tensor]:
         """The walk's inputs for one image as in `__call__`: G [N, queries], and Q, K [heads, N, D]."""
         check_image(image)
-        features = self.frame_part(image)
-        return self._probabilities(features, queries), features.Q, features.K
+        with on_device(self.device):
+            features = self.frame_part(image)
+            return self._probabilities(features, queries), features.Q, features.K
 
     def refine(self, Q: Tensor, K: Tensor, G: Tensor, previous: Tensor | None = None) -> Refinement:
         """Refine G [N, queries] along the transition of Q, K [heads, N, D] by this pair's settings.
@@ -346,16 +354,13 @@ class Segmenter:
         self._workspace, self._previous = Workspace(), None
         self._vocabularies.clear()
         if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-    def _on_device(self) -> AbstractContextManager[object]:
-        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+            free_cached_memory()
 
     def _no_memory(self, reason: str) -> NoReturn:
         self._workspace, self._previous = Workspace(), None
         self.frame_part.forget()
         if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+            free_cached_memory()
         raise OutOfMemory(f"out of memory on {self.device}: {reason}")
 
     def _probabilities(self, features: FrameFeatures, queries: QueryEmbeddings) -> Tensor:
@@ -387,10 +392,10 @@ def check_image(image: np.ndarray) -> None:
         raise ValueError(f"an image must be a uint8 array [rows, columns, 3] in RGB order, none of them 0; got {got}")
 
 
-def _lack_of_memory(error: Exception) -> str | None:
-    """An allocator's message; None for any other error. PyTorch's own for the CPU raises a plain RuntimeError."""
-    lacking = isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
-    return (str(error).strip() or "no more memory").splitlines()[0] if lacking else None
+def _reason(error: Exception) -> str | None:
+    """An allocator's message; None for any other error."""
+    lacking = lack_of_memory(error)
+    return None if lacking is None else (str(lacking).strip() or "no more memory").splitlines()[0]
 
 
 def _queries_of(vocabulary: Vocabulary, label: int) -> range:
@@ -400,9 +405,9 @@ def _queries_of(vocabulary: Vocabulary, label: int) -> range:
 
 
 def find_device(name: str) -> torch.device:
-    """ "auto", "cpu", "cuda" or "cuda:1" as a device that exists; raises ModelError."""
+    """ "auto", "cpu", "cuda" or "cuda:1" as a device that exists, CUDA's with its index; raises ModelError."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -414,6 +419,8 @@ def find_device(name: str) -> torch.device:
             f"device {name!r} is not there: PyTorch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices; "
             "use device auto or cpu, or install a CUDA build of PyTorch that fits the driver"
         )
+    if device.type == "cuda" and device.index is None:  # another device may be the current one later
+        device = torch.device("cuda", torch.cuda.current_device())
     return device
 
 

@@ -48,7 +48,8 @@ def make_task(
     what a timing would choose. settings: overrides for all variants, above what the set's protocol asks for and below
     what a variant is. Raises ModelError, and ValueError for what cannot be run.
     """
-    device = str(find_device(device))
+    found = find_device(device)
+    device = device if ":" in device else found.type  # without an index, processes take the devices in turn
     if precision is None:
         precision = "fp16" if device.startswith("cuda") else "fp32"
     if threads < 1:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +32,7 @@ class FrameFeatures:
     """The networks' output for one image, for any vocabulary.
 
     patches: of CLIP. Q, K: [heads, N, D] in the networks' dtype. edges: S between the image's own pixels, None where
-    the settings want none. With CUDA graphs all of them are overwritten by the next image of that size.
+    the settings want none. They stay as they are while they are held, whatever is run meanwhile.
     """
 
     patches: PatchFeatures
@@ -38,10 +40,23 @@ class FrameFeatures:
     K: Tensor
     edges: PixelTransition | None = None
 
+    def copied(self) -> FrameFeatures:
+        """The same in memory of its own, on the current stream."""
+        patches = dataclasses.replace(
+            self.patches,
+            embeddings=self.patches.embeddings.clone(),
+            affinity=None if self.patches.affinity is None else self.patches.affinity.clone(),
+        )
+        edges = None if self.edges is None else self.edges.copied()
+        return FrameFeatures(patches, self.Q.clone(), self.K.clone(), edges)
+
 
 @dataclass(frozen=True)
 class _Captured:
-    """A CUDA graph, the uint8 image it reads, the tensors it writes, and what it reads of the networks' caches."""
+    """A CUDA graph, the uint8 image it reads, the tensors it writes, and what it reads of the networks' caches.
+
+    Graphs share a pool of memory: what this one writes, a replay of any other may overwrite.
+    """
 
     graph: torch.cuda.CUDAGraph
     raw: Tensor
@@ -69,41 +84,42 @@ class FramePart:
         if compiled and device.type == "cpu":
             _log.warning("torch.compile is left out: on the CPU the networks' layers are oneDNN's own already")
             compiled = False
-        self._run_clip = _Compiled(clip.features) if compiled else clip.features
-        self._run_taps = _Compiled(taps) if compiled else taps
-        self._second = torch.cuda.Stream(device) if overlap and device.type == "cuda" else None
-        self._graphs: OrderedDict[tuple[int, ...], _Captured] | None = None
-        if self._second is not None:
-            self._graphs, self._pool = OrderedDict(), torch.cuda.graph_pool_handle()
+        self._run_clip = _Compiled(clip.embed) if compiled else clip.embed
+        self._run_taps = _Compiled(taps.project) if compiled else taps.project
+        self._side = _Side(device) if overlap and device.type == "cuda" else None
+        self._graphs: OrderedDict[tuple[int, ...], _Captured] | None = None if self._side is None else OrderedDict()
         self._seen: Counter[tuple[int, ...]] = Counter()
 
     @torch.inference_mode()
     def __call__(self, image: np.ndarray, lap: Callable[[str], None] = lambda stage: None) -> FrameFeatures:
         """image: uint8 [H, W, 3], RGB. lap: called at the end of each stage with its name: "preprocess", then "edges",
         "clip" and "diffusion", or "networks" where they overlap."""
-        second = self._second
-        captured = None if second is None else self._captured(tuple(image.shape), second)
+        with on_device(self.device):
+            return self._run(image, lap)
+
+    def _run(self, image: np.ndarray, lap: Callable[[str], None]) -> FrameFeatures:
+        captured = None if self._side is None else self._captured(tuple(image.shape), self._side)
         raw = torch.empty(image.shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
         raw.numpy()[...] = image
-        if second is None:
+        if self._side is None:
             pixels = _pixels(raw.to(self.device, non_blocking=True))
             lap("preprocess")
             edges = pixel_transition(pixels, self.edges)
             lap("edges")
-            patches = self._run_clip(pixels)
+            patches = self._patches(pixels)
             lap("clip")
-            Q, K = self._run_taps(pixels)
+            Q, K = self._run_taps(self.taps.prepared(pixels))
             lap("diffusion")
             return FrameFeatures(patches, Q, K, edges)
         if captured is None:
             raw = raw.to(self.device, non_blocking=True)
             lap("preprocess")
-            features = self._both(raw, second)
+            features = self._both(raw, self._side.second)
         else:
             captured.raw.copy_(raw, non_blocking=True)
             lap("preprocess")
             captured.graph.replay()
-            features = captured.features
+            features = captured.features.copied()
         lap("networks")
         return features
 
@@ -111,7 +127,12 @@ class FramePart:
         """Free every graph and the memory it holds; an image size must come again to get one."""
         if self._graphs is not None:
             self._graphs.clear()
+        if self._side is not None:
+            self._side = _Side(self.device)
         self._seen.clear()
+
+    def _patches(self, pixels: Tensor) -> PatchFeatures:
+        return self._run_clip(self.clip.prepared(pixels), self.clip.positions(self.clip.grid(*pixels.shape[2:])))
 
     def _both(self, raw: Tensor, second: torch.cuda.Stream) -> FrameFeatures:
         """The two networks at once; what the second stream allocates is reused by it alone, and only after it has
@@ -119,15 +140,20 @@ class FramePart:
         main = torch.cuda.current_stream(self.device)
         pixels = _pixels(raw)
         second.wait_stream(main)
-        with torch.cuda.stream(second):
-            patches = self._run_clip(pixels)
-            edges = pixel_transition(pixels, self.edges)
-        Q, K = self._run_taps(pixels)
-        main.wait_stream(second)
+        try:
+            with torch.cuda.stream(second):
+                patches = self._patches(pixels)
+                edges = pixel_transition(pixels, self.edges)
+            Q, K = self._run_taps(self.taps.prepared(pixels))
+        finally:  # a capture cannot end with a stream that was forked and not joined
+            main.wait_stream(second)
         return FrameFeatures(patches, Q, K, edges)
 
-    def _captured(self, shape: tuple[int, ...], second: torch.cuda.Stream) -> _Captured | None:
-        """The graph of a size that has come often enough; None while it has not, or where capture failed."""
+    def _captured(self, shape: tuple[int, ...], side: _Side) -> _Captured | None:
+        """The graph of a size that has come often enough; None while it has not, or where capture failed.
+
+        Raises what an allocator raised, also within a capture, where PyTorch may hide it behind an error of its own.
+        """
         if self._graphs is None:
             return None
         if shape in self._graphs:
@@ -138,25 +164,90 @@ class FramePart:
             if len(self._seen) > _SIZES_COUNTED:
                 self._seen.clear()
             return None
-        raw = torch.zeros(shape, dtype=torch.uint8, device=self.device)
-        graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self._pool):
-                features = self._both(raw, second)
-        except torch.OutOfMemoryError:
-            raise
+            captured = self._capture(shape, side)
         except RuntimeError as error:
+            self._side = _Side(self.device)  # the streams of a capture that failed may be of no use any more
+            lacking = lack_of_memory(error)
+            if lacking is error:
+                raise
+            if lacking is not None:
+                raise lacking from None
             _log.warning(f"CUDA graphs are off, frames take longer: the networks could not be captured ({error})")
             self._graphs = None
             return None
-        self._graphs[shape] = _Captured(graph, raw, features, self.clip.positions(self.clip.grid(*shape[:2])))
+        self._graphs[shape] = captured
         if len(self._graphs) > GRAPHS_KEPT:
             self._graphs.popitem(last=False)
-        return self._graphs[shape]
+        return captured
+
+    def _capture(self, shape: tuple[int, ...], side: _Side) -> _Captured:
+        raw = torch.zeros(shape, dtype=torch.uint8, device=self.device)
+        graph, main = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
+        capture = torch.cuda.graph(graph, pool=side.pool, stream=side.capturing, capture_error_mode="thread_local")
+        with torch.cuda.stream(main), capture:  # which leaves its own stream behind where the capture fails
+            features = self._both(raw, side.second)
+        return _Captured(graph, raw, features, self.clip.positions(self.clip.grid(*shape[:2])))
+
+
+class _Side:
+    """What a CUDA device needs besides its main stream. Both streams are of this device: left to itself, PyTorch
+    captures on a stream of the device that was current when the process made its first graph.
+
+    second: where CLIP runs. capturing: in place of the main stream in a capture. pool: of all graphs' memory; one whose
+    graphs are all gone is not used again.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.second, self.capturing = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        self.pool = torch.cuda.graph_pool_handle()
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Makes a CUDA device the current one; does nothing for others."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def lack_of_memory(error: BaseException) -> BaseException | None:
+    """The error of an allocator among an error, its causes and what it was raised in the wake of; None without one.
+
+    PyTorch's allocator for the CPU raises a plain RuntimeError, CUDA itself too.
+    """
+    return next((one for one in _behind(error) if _is_lack_of_memory(one)), None)
+
+
+def _is_lack_of_memory(error: BaseException) -> bool:
+    words = ("DefaultCPUAllocator", "CUDA error: out of memory")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in words)
+    )
+
+
+def _behind(error: BaseException | None) -> Iterator[BaseException]:
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        seen.append(error)
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+def free_cached_memory() -> None:
+    """Give what CUDA's allocator keeps for later back to the device, where it can.
+
+    After a capture that CUDA itself has ended, the allocator takes it to be under way for good and refuses; what is
+    kept is then still used for tensors to come.
+    """
+    try:
+        torch.cuda.empty_cache()
+    except RuntimeError as error:
+        _log.debug(f"CUDA's allocator keeps its cache: {error}")
 
 
 class _Compiled:
-    """A function through torch.compile, or as it is after the first time that this fails."""
+    """A function through torch.compile, or as it is after the first time that this fails.
+
+    It is compiled once for each shape of its arguments, by PyTorch's default for the first eight; more run as it is.
+    """
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._plain, self._fast = function, torch.compile(function, dynamic=False)
@@ -166,9 +257,9 @@ class _Compiled:
             try:
                 with torch.inference_mode(False), torch.no_grad():  # the compiler takes no inference tensors
                     return self._fast(*(x.clone() for x in arguments))
-            except torch.OutOfMemoryError:
-                raise
             except Exception as error:  # compilers fail in many ways; a fault of the function itself is raised below
+                if lack_of_memory(error) is not None:
+                    raise
                 reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
                 _log.warning(f"torch.compile is off, frames take longer: {reason}")
                 self._fast = self._plain
@@ -185,14 +276,14 @@ class Stopwatch:
     anyway."""
 
     def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
+        self._device, self._cuda = device, device.type == "cuda"
         self._marks: list[tuple[str, Any]] = [("", self._now())]
 
     def _now(self) -> Any:
         if not self._cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))
         return event
 
     def lap(self, stage: str) -> None:

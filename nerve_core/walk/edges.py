@@ -95,6 +95,11 @@ class PixelTransition:
     size: tuple[int, int]
     stencils: tuple[Stencil, ...]
 
+    def copied(self) -> PixelTransition:
+        """The same in memory of its own."""
+        stencils = (Stencil(one.neighbours.clone(), one.weights.clone(), one.steps) for one in self.stencils)
+        return PixelTransition(self.size, tuple(stencils))
+
     def carry(self, maps: Tensor) -> Tensor:
         """Float32 maps [C, h, w] on any grid -> [C, rows, columns] of the working size: upsampled, then carried.
 

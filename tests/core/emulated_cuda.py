@@ -523,6 +523,11 @@ class EmulatedCuda:
             own = [line for line in own if "/torch/" not in line.filename]
             self.faults.append(f"{what}, at {own[-1].filename}:{own[-1].lineno}" if own else what)
 
+    def recover(self) -> None:
+        """Forget captures that failed, after which the allocator takes them to be under way for good, as a new process
+        would."""
+        self.captures = [capture for capture in self.captures if capture.open]
+
     def reset_counts(self) -> None:
         """Begin to count anew; what was found wrong stays."""
         self.waits.clear()

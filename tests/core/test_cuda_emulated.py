@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import logging
 
 import pytest
 import torch
@@ -16,11 +17,13 @@ from emulated_cuda import emulated_cuda
 from nerve_benchmarks.checks import _synchronisations
 from nerve_core import Segmenter, Vocabulary
 from nerve_core.embedded.scenes import draw_scene
+from nerve_core.errors import OutOfMemory
 from nerve_core.models.loading import load_clip
 from nerve_core.models.pairs import find_pair
 from nerve_core.networks.dense_clip import HEADS, ClipConfig, DenseClip
-from nerve_core.networks.frame import GRAPH_AFTER, GRAPHS_KEPT, FramePart
+from nerve_core.networks.frame import GRAPH_AFTER, GRAPHS_KEPT, FramePart, Stopwatch
 from nerve_core.readout import ReadoutConfig, carry_labels, read_out
+from nerve_core.segmenter import find_device
 from nerve_core.walk.edges import EdgesConfig, pixel_transition
 
 # a fraction of the pair's tokens, heads and templates: the same path in a fraction of the time
@@ -166,6 +169,164 @@ def test_in_float32_it_is_the_same_too(gpu, cache, pair):
         assert_agree(pair[0].cpu(image(0), NAMES), segmenter(image(0), NAMES))
     assert segmenter.device_memory > 0
     segmenter.close()
+
+
+# --- devices, failures, what is held --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def on_second(gpu, cache, pair):
+    """The same pair on the second device, loaded while the first has had its graphs."""
+    pair[0].captured(image(0))
+    segmenter = load(cache, "cuda:1")
+    segmenter.embed(NAMES)
+    return segmenter
+
+
+def test_two_devices_in_one_process_each_give_the_cpu_s_labels(gpu, pair, on_second):
+    both = pair[0]
+    for number in range(GRAPH_AFTER + 2):
+        expected = both.cpu(image(number), NAMES)
+        for segmenter in (both.cuda, on_second):
+            gpu.reset_counts()
+            assert_agree(expected, segmenter(image(number), NAMES))
+            captures = gpu.counts["replay"] and "device.synchronize" in gpu.waits
+            assert gpu.waits == (["device.synchronize"] if captures else []) + ONE_WAIT
+            assert torch.cuda.current_device() == 0
+    assert gpu.counts["replay"] == 1
+    assert {segmenter.device.index for segmenter in (both.cuda, on_second)} == {0, 1}
+
+
+def test_what_is_not_a_whole_segmentation_is_on_its_device_too(gpu, pair, on_second):
+    queries = on_second.embed(NAMES)
+    for _ in range(GRAPH_AFTER + 1):
+        G, Q, K = on_second.frame(image(0), queries)
+    assert {x.device for x in (G, Q, K)} == {on_second.device}
+    expected = pair[0].cpu.frame(image(0), pair[0].cpu.embed(NAMES))
+    for mine, known in zip((G, Q, K), expected, strict=True):
+        torch.testing.assert_close(mine.cpu().float(), known, rtol=0.05, atol=0.05)
+    watch = Stopwatch(on_second.device)
+    watch.lap("nothing")
+    assert watch.milliseconds()["nothing"] >= 0
+
+
+def test_a_device_without_an_index_is_the_current_one_for_good(gpu):
+    for name in ("auto", "cuda"):
+        assert find_device(name) == torch.device("cuda:0")
+        with torch.cuda.device(1):
+            assert find_device(name) == torch.device("cuda:1")
+
+
+def full(pixels):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB (made up).")
+
+
+def fault(pixels):
+    raise RuntimeError("no kernel for this (made up)")
+
+
+def wait(pixels):
+    pixels.sum().item()  # which a capture forbids, and which makes it invalid
+
+
+def wait_and_lack(pixels):
+    try:
+        wait(pixels)
+    finally:
+        full(pixels)
+
+
+@pytest.fixture
+def breaking(gpu, cache, pair, monkeypatch):
+    """A segmenter about to be captured, and a way to make its networks fail within the capture and nowhere else."""
+    segmenter = load(cache, "cuda:0")
+    for _ in range(GRAPH_AFTER):
+        segmenter(image(0), NAMES)
+
+    def set_up(network, error):
+        part = segmenter.frame_part
+        run = getattr(part, network)
+
+        def breaks(*arguments):
+            made = run(*arguments)
+            if torch.cuda.is_current_stream_capturing():
+                error(arguments[0])
+            return made
+
+        monkeypatch.setattr(part, network, breaks)
+
+    yield segmenter, set_up
+    monkeypatch.undo()
+    segmenter.close()  # asks for an empty cache
+    gpu.recover()
+
+
+@pytest.mark.parametrize("network", ["_run_clip", "_run_taps"])
+@pytest.mark.parametrize("error", [fault, wait])
+def test_a_capture_that_fails_is_said_once_and_frames_go_on(gpu, pair, breaking, caplog, network, error):
+    segmenter, set_up = breaking
+    set_up(network, error)
+    here = torch.cuda.current_stream()
+    with caplog.at_level(logging.WARNING):
+        for number in range(3):
+            gpu.reset_counts()
+            assert_agree(pair[0].cpu(image(number), NAMES), segmenter(image(number), NAMES))
+            assert gpu.counts["replay"] == 0
+    assert torch.cuda.current_stream() is here
+    (said,) = [record.message for record in caplog.records]
+    assert said.startswith("CUDA graphs are off, frames take longer: the networks could not be captured (")
+
+
+@pytest.mark.parametrize("network", ["_run_clip", "_run_taps"])
+@pytest.mark.parametrize("error", [full, wait_and_lack])
+def test_a_lack_of_memory_within_a_capture_is_told_as_that(gpu, pair, breaking, caplog, network, error):
+    segmenter, set_up = breaking
+    set_up(network, error)
+    with pytest.raises(OutOfMemory, match=r"2\.00 GiB"):
+        segmenter(image(0), NAMES)
+    assert not caplog.records
+    for _ in range(GRAPH_AFTER):
+        assert_agree(pair[0].cpu(image(0), NAMES), segmenter(image(0), NAMES))
+
+
+def test_after_a_lack_of_memory_graphs_are_made_again(gpu, breaking, pair, caplog):
+    segmenter, _ = breaking
+    segmenter(image(0), NAMES)
+    assert segmenter.frame_part._graphs
+    held = segmenter.encode(image(0))
+    with pytest.raises(OutOfMemory):
+        segmenter._no_memory("made up")
+    for number in range(GRAPH_AFTER + 2):
+        gpu.reset_counts()
+        assert_agree(pair[0].cpu(image(number), NAMES), segmenter(image(number), NAMES))
+        assert gpu.counts["replay"] == (number >= GRAPH_AFTER)
+    assert not caplog.records
+    queries = segmenter.embed(NAMES)
+    assert_agree(pair[0].cpu(image(0), NAMES), segmenter.segment(held, queries))
+
+
+def test_an_encoded_image_stays_as_it_is_while_others_are_encoded(gpu, heads):
+    both, sizes = heads("cliper"), [(120, 160), (97, 131), (120, 160)]
+    for size in sizes:
+        both.captured(image(0, size))
+    gpu.reset_counts()
+    held = [both.cuda.encode(image(number, size)) for number, size in enumerate(sizes)]
+    assert gpu.counts["replay"] == len(sizes)
+    for number, (size, encoded) in enumerate(zip(sizes, held, strict=True)):
+        expected = both.cpu(image(number, size), NAMES)
+        assert_agree(expected, both.cuda.segment(encoded, both.cuda.embed(NAMES)))
+
+
+# --- layouts --------------------------------------------------------------------------------------------------
+
+
+def test_channels_stay_last_from_layer_to_layer(gpu, pair):
+    part = pair[0].cuda.frame_part
+    in_turn = FramePart(part.clip, part.taps, CUDA, edges=part.edges, overlap=False)
+    gpu.reset_counts()
+    in_turn(image(0))
+    assert gpu.counts["conv2d"] > 40
+    assert gpu.counts["layout change"] <= 7  # of the image itself, and two of attention's operands that are none
 
 
 # --- edges ----------------------------------------------------------------------------------------------------

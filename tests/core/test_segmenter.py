@@ -309,7 +309,7 @@ def test_only_the_vocabularies_used_last_are_kept(segmenter, monkeypatch):
 def test_networks_that_overflow_are_an_error_and_not_a_mask(segmenter, scene, monkeypatch, broken):
     queries = segmenter.embed(Vocabulary(["ball", "cube"]))
     if broken == "diffusion":
-        monkeypatch.setattr(segmenter.frame_part, "_run_taps", overflowing(segmenter.frame_part.taps))
+        monkeypatch.setattr(segmenter.frame_part, "_run_taps", overflowing(segmenter.frame_part.taps.project))
     else:
         clip = segmenter.frame_part.clip
         monkeypatch.setattr(clip, "_mean", clip._mean * torch.nan)
@@ -317,11 +317,11 @@ def test_networks_that_overflow_are_an_error_and_not_a_mask(segmenter, scene, mo
         segmenter(scene.image, queries)
 
 
-def overflowing(taps):
+def overflowing(project):
     """Taps of which one value is beyond the precision."""
 
     def broken(pixels):
-        Q, K = taps(pixels)
+        Q, K = project(pixels)
         Q[0, 0, 0] = torch.inf
         return Q, K
 
@@ -330,8 +330,8 @@ def overflowing(taps):
 
 def test_warming_up_runs_a_frame_of_the_size_asked_for(segmenter, monkeypatch):
     seen, part = [], segmenter.frame_part
-    original = part.clip.features
-    monkeypatch.setattr(part, "_run_clip", lambda pixels: (seen.append(pixels.shape), original(pixels))[1])
+    original = part.clip.prepared
+    monkeypatch.setattr(part.clip, "prepared", lambda pixels: (seen.append(pixels.shape), original(pixels))[1])
     assert segmenter.warm_up((50, 70)) is None
     assert seen == [(1, 3, 50, 70)]
 
@@ -455,7 +455,7 @@ def test_a_question_beside_the_stream_does_not_move_where_its_next_walk_starts(c
 
 STAGES_THAT_ALLOCATE = {
     "preprocess": ("nerve_core.networks.frame._pixels", lambda s, image, queries: s.encode(image)),
-    "clip": ("nerve_core.networks.dense_clip.DenseClip.features", lambda s, image, queries: s.encode(image)),
+    "clip": ("nerve_core.networks.dense_clip.DenseClip.embed", lambda s, image, queries: s.encode(image)),
     "diffusion": ("nerve_core.networks.diffusion.tapped_projections", lambda s, image, queries: s.encode(image)),
     "probabilities": (
         "nerve_core.networks.dense_clip.DenseClip.probabilities",

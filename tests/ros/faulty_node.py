@@ -33,8 +33,8 @@ from nerve_ros.outputs import Outputs
 
 PLACES = {
     "preprocess": (frame, "_pixels"),
-    "clip": (dense_clip.DenseClip, "features"),
-    "diffusion": (diffusion.DiffusionTaps, "__call__"),
+    "clip": (dense_clip.DenseClip, "embed"),
+    "diffusion": (diffusion.DiffusionTaps, "project"),
     "probabilities": (dense_clip.DenseClip, "probabilities"),
     "refine": (segmenter, "refine"),
     "edges": (segmenter, "carry_labels"),

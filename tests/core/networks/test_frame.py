@@ -129,12 +129,47 @@ def test_compiled_networks_return_the_same(tmp_path, image, monkeypatch, caplog)
     part = Segmenter.from_pretrained("embedded", device="cpu", cache_dir=tmp_path, settings=SMALL).frame_part
     expected, original = part(image), torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **options: original(function, backend="aot_eager"))
-    part._run_clip = frame._Compiled(part.clip.features)
+    part._run_clip = frame._Compiled(part.clip.embed)
     monkeypatch.setattr(torch, "compile", lambda function, **options: original(function, backend="eager"))
-    part._run_taps = frame._Compiled(part.taps)  # aot_eager itself fails on group norms of images with channels last
+    part._run_taps = frame._Compiled(
+        part.taps.project
+    )  # aot_eager itself fails on group norms of images with channels last
     with caplog.at_level(logging.WARNING):
         assert_same(part(image), expected)
     assert not caplog.records  # it was really compiled
+
+
+def test_networks_are_compiled_once_a_grid_and_not_again(tmp_path, monkeypatch):
+    settings = SMALL | {"edges": "none"}
+    part = Segmenter.from_pretrained("embedded", device="cpu", cache_dir=tmp_path, settings=settings).frame_part
+    monkeypatch.setattr("nerve_core.networks.dense_clip._GRIDS_KEPT", 2)
+    original, made = torch.compile, []
+
+    def compiler(function, **options):
+        def backend(graph, inputs):
+            made.append(function.__name__)
+            return graph.forward
+
+        return original(function, backend=backend, **options)
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    torch.compiler.reset()
+    part._run_clip, part._run_taps = frame._Compiled(part.clip.embed), frame._Compiled(part.taps.project)
+    sizes = [(60 + 3 * k, 80 + 4 * k) for k in range(7)]  # of one aspect
+    sizes += [(60, 120), (60, 60)]
+    grids = {part.clip.grid(*size) for size in sizes}
+    assert len(grids) == 3
+    for _ in range(2):
+        for size in sizes:
+            part(draw_scene(1, size=size).image)
+    once = made.count("embed") / len(grids)
+    assert made.count("project") > 0
+    assert (once, made.count("embed")) == (int(once), int(once) * len(grids))
+    before = list(made)
+    for size in reversed(sizes):
+        part(draw_scene(1, size=size).image)
+    assert made == before
+    torch.compiler.reset()
 
 
 def test_on_the_cpu_the_option_is_left_out_with_a_message(part, image, caplog):
