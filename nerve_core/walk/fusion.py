@@ -299,8 +299,8 @@ def build_transition(
     """S from the heads' affinities and their weights [H], sum 1 (Eq. 2, and 22 or 15 by `config.combine`).
 
     operator: one of `OPERATORS`; "auto" is `choose_operator`, by `columns`. storage: dtype of a dense S; None is
-    float16 on CUDA and the computing dtype elsewhere. workspace: where a dense S is held. Raises ValueError for
-    an operator that does not fit.
+    float16 on CUDA, which moves a row of P by up to 3e-3 in L1, and the computing dtype elsewhere. workspace: where a
+    dense S is held. Raises ValueError for an operator that does not fit.
     """
     if operator not in OPERATORS:
         raise ValueError(f"operator {operator!r} is unknown; choose one of {', '.join(OPERATORS)}")

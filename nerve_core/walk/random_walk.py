@@ -25,7 +25,9 @@ class WalkConfig:
     """How far the walk goes.
 
     method: "fixed_point", "truncated" (Eq. 16) or "exact" (Eq. 3). alpha: probability of going on, 0 <=
-    alpha < 1. steps: L, the number of products with S, >= 0; `exact` needs none. previous_frame_start: let
+    alpha < 1. steps: L, the number of products with S, >= 0; `exact` needs none. How near the limit they come depends
+    on Q and K: on the embedded pair's own the worst row is 1e-2 from it in L1 after 12 (alpha 0.8), 4e-3 after 16 and
+    5e-4 after 24. previous_frame_start: let
     `fixed_point` start from the previous frame's P instead of G, where there is one; the limit is the same, what is
     reached in `steps` is not. Raises ValueError.
     """
