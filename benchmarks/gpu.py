@@ -15,9 +15,10 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 
+from nerve_core.console import PlainConsole
 from nerve_core.models.loading import quiet_libraries
+from nerve_core.output import claim, write
 
 from .ceiling import ceiling
 from .frame import compare, measure_apart
@@ -25,7 +26,7 @@ from .random_pair import write_random_pair
 from .task import Task
 from .walk import compare_walks
 
-console = Console(stderr=True)
+console = PlainConsole(stderr=True)
 HD, VGA = (1080, 1920), (480, 640)
 
 
@@ -39,6 +40,7 @@ def main(
     compile: Annotated[bool, typer.Option(help="Time torch.compile too, which takes minutes more.")] = False,
 ) -> None:
     """Measure frames, the vocabulary and the walk on one GPU."""
+    claim([out])
     quiet_libraries()
     with tempfile.TemporaryDirectory() as scratch:
         place = folder or Path(scratch)
@@ -62,13 +64,13 @@ def main(
             with console.status(case):
                 figures["frames"][case] = compare(str(place), device=device, **settings)
             console.print(f"{case}: {figures['frames'][case]['p50_ms']:.1f} ms")
-            out.write_text(json.dumps(figures, indent=2))
+            write(out, json.dumps(figures, indent=2))
         with console.status("checks and the vocabulary"):
             task = Task("checks", str(place), device, "fp16", 21, VGA, 0, 0, {})
             figures["checks"] = measure_apart(task)
         with console.status("the walk"):
             figures["walk"] = compare_walks(grid, 21, device)
-    out.write_text(json.dumps(figures, indent=2))
+    write(out, json.dumps(figures, indent=2))
     print(table(figures))
 
 

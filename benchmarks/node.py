@@ -23,8 +23,9 @@ from unittest.mock import patch
 
 import numpy as np
 import typer
-from rich.console import Console
 from rich.table import Table
+
+from nerve_core.console import PlainConsole
 
 if TYPE_CHECKING:
     from rclpy.subscription import MessageInfo
@@ -403,7 +404,7 @@ def main(
     """Time what the node adds to inference: receiving's end, conversion, ids, messages, publishing."""
     from nerve_ros.demo.processes import own_domain
 
-    console, load, found = Console(stderr=as_json, highlight=False), os.getloadavg()[0], []
+    console, load, found = PlainConsole(stderr=as_json), os.getloadavg()[0], []
     with own_domain() as domain:
         for transport, kinds in (
             ("raw", (("rgb8", False), ("bgr8", False), ("rgb8", True))),

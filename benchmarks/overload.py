@@ -15,8 +15,9 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from rich.console import Console
 from rich.table import Table
+
+from nerve_core.console import PlainConsole
 
 from .node import SIZES, Bench, running_bench
 
@@ -124,7 +125,7 @@ def main(
     """Run cameras 10 and 100 times as fast as inference, from 640 x 480 to 4K, and measure the node."""
     from nerve_ros.demo.processes import own_domain
 
-    console, load, found = Console(stderr=as_json, highlight=False), os.getloadavg()[0], []
+    console, load, found = PlainConsole(stderr=as_json), os.getloadavg()[0], []
     with own_domain() as domain, running_bench(domain) as bench:
         for size in SIZES:
             alone = bench.inference_ms(size)

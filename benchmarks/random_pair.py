@@ -103,7 +103,7 @@ def write_random_pair(
 
     Full-size pairs take about 3.5 GB and half a minute. The tokenizer is the embedded pair's, since the true one cannot
     be made up: a template has about as many tokens as with the true one. Raises ValueError for a pair whose
-    architecture is not known here.
+    architecture is not known here, and FileExistsError for a folder that is not empty.
     """
     made = architecture or ARCHITECTURES.get(name)
     if made is None:
@@ -129,6 +129,8 @@ def write_random_pair(
         "diffusion/unet": lambda: UNet2DConditionModel(**made.unet),
         "diffusion/vae": lambda: AutoencoderKL(**made.vae),
     }
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} is neither empty nor a pair; give a new folder")
     for number, (part, make) in enumerate(parts.items()):
         with torch.device("meta"):
             model = make()

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+
+from nerve_core.console import PlainConsole
 
 TARGET = 0.9
 """Share of the replay's time that the baseline takes, at least."""
@@ -80,7 +81,7 @@ def main(
 ) -> None:
     """Measure it, and end with 1 where the share is below TARGET."""
     found = measure(bag, topic, names, model, device, images)
-    Console(stderr=True, highlight=False).print(
+    PlainConsole(stderr=True).print(
         f"{found['images']} images of {' x '.join(map(str, found['size']))}, {found['model']}, {found['cores']} cores: "
         f"replayed in {found['replay_s']:.1f} s, segmented alone in {found['alone_before_s']:.1f} s before and "
         f"{found['alone_after_s']:.1f} s after: {found['share']:.1%} (at least {TARGET:.0%}); "

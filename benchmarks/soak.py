@@ -22,10 +22,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from nerve_core.console import PlainConsole
 from nerve_core.embedded.scenes import NAMES, STUFF, SYNONYMS
+from nerve_core.output import claim, write, writing
 
 from .node import PATIENCE, Bench, Child, ros_environment, running_bench
 
@@ -732,10 +733,11 @@ def main(
     """Run the embedded pair at full rate while everything changes, and say what grew or went wrong."""
     from nerve_ros.demo.processes import own_domain
 
-    console, load = Console(stderr=as_json, highlight=False), os.getloadavg()[0]
+    console, load = PlainConsole(stderr=as_json), os.getloadavg()[0]
     # As many new names as ids come free: one more and vocabularies are rightly refused.
     fresh = max(1, min(10, int(180 / (id_reuse_delay + 10.0))))
     plan = Plan(seconds, warm_up, rate=rate, id_reuse_delay=id_reuse_delay, fresh=fresh, seed=seed)
+    claim([out / "soak.json", out / "soak.png"])
     out.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         domain = stack.enter_context(own_domain())
@@ -743,9 +745,10 @@ def main(
         heard = soak(domain, plan, out, lambda passed: status.update(f"{passed:.0f} of {seconds:.0f} s"))
     checks = judge(heard, plan) + judge_figures(heard, plan)
     found = {"load": load, **figures(heard, plan), "checks": [asdict(check) for check in checks]}
-    (out / "soak.json").write_text(json.dumps({**found, "samples": heard.samples, "wrong": heard.wrong}))
+    write(out / "soak.json", json.dumps({**found, "samples": heard.samples, "wrong": heard.wrong}))
     try:
-        draw(heard, plan, out / "soak.png")
+        with writing(out / "soak.png") as picture:
+            draw(heard, plan, picture)
     except ImportError:
         console.print("no picture: it needs matplotlib")
     table = Table(title=f"{seconds:.0f} s; load average at the start {load:.1f}", title_justify="left")

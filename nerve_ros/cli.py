@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from nerve_core.cli.app import app, main
-from nerve_core.cli.options import AsJson, Device, Model, Precision, Preset, Set, console, load, say
+from nerve_core.cli.options import AsJson, Device, Model, Overwrite, Precision, Preset, Set, load
+from nerve_core.console import console, say, tell
+from nerve_core.output import claim
 from nerve_ros import signals
 
 if TYPE_CHECKING:
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["app", "main"]
 
 _MODEL, _DEVICE, _PRESET = "embedded", "auto", "pair"
+_NODE_LOG = "node.log"
 
 
 @app.command()
@@ -46,6 +49,7 @@ def locate(
         float, typer.Option(min=0.1, help="Seconds to wait for the node, and again for its answer.")
     ] = 30.0,
     mask: Annotated[Path | None, typer.Option(help="Write its mask to this image file.")] = None,
+    overwrite: Overwrite = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the answer as one JSON object.")] = False,
 ) -> None:
     """Ask a running node where something is in its newest image. Ends with 1 where it is not found."""
@@ -54,10 +58,14 @@ def locate(
             _need_ros("nerve locate")
             from nerve_ros import locate as question
 
+            if mask is not None:
+                if not mask.absolute().parent.is_dir():
+                    raise ValueError(f"{mask} cannot be written: there is no folder {mask.parent}")
+                claim([mask], overwrite, "--mask")
             answer = question.ask(name, namespace=namespace, wait=wait, mask=mask, ended=came)
         except signals.Ended as ended:
             _end("nerve locate", ended)
-    typer.echo(question.as_json(answer) if as_json else question.as_text(answer))
+    tell(question.as_json(answer) if as_json else question.as_text(answer))
     raise typer.Exit(0 if answer["found"] else 1)
 
 
@@ -103,6 +111,7 @@ def replay(
     precision: Precision = None,
     preset: Preset = _PRESET,
     set_: Set = None,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Segment every image of a recording, without ROS: a bag of masks, a video, and a report of how steady they are.
@@ -115,8 +124,8 @@ def replay(
     from nerve_core.replay.frames import Selection, choose_topics, read_vocabulary
     from nerve_core.replay.messages import COMPRESSED_IMAGE
     from nerve_core.replay.reading import Bag
+    from nerve_core.replay.run import claim_results, with_live
     from nerve_core.replay.run import replay as run
-    from nerve_core.replay.run import with_live
     from nerve_core.report import write_report
     from nerve_core.text.vocabulary import Vocabulary
 
@@ -127,6 +136,15 @@ def replay(
         selection = Selection(topics, start=start, duration=duration, every=every, limit=limit)
         vocabulary = Vocabulary.parse(names) if vocabulary_topic is None else read_vocabulary(opened, vocabulary_topic)
         total, images = selection.count(opened), opened.images()
+    claim_results(
+        out,
+        topics,
+        bag=with_bag,
+        video=with_video,
+        scored=labels_topic is not None,
+        log=_NODE_LOG if start_node else "",
+        overwrite=overwrite,
+    )
     if live:
         _need_ros("nerve replay --live")
         from nerve_ros import live as with_node
@@ -146,7 +164,7 @@ def replay(
         with console.status("") as status:
             try:
                 with signals.raised():
-                    played = with_node.play(bag, selection, vocabulary, rig, out / "node.log", status.update)
+                    played = with_node.play(bag, selection, vocabulary, rig, out / _NODE_LOG, status.update)
             except signals.Ended as ended:
                 _end("nerve replay", ended)
             status.update("loading the node's model")

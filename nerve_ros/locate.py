@@ -17,6 +17,7 @@ from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.validate_namespace import validate_namespace
 
+from nerve_core.output import marked, write
 from nerve_ros.signals import Ended
 from nerve_ros.srv import Locate
 
@@ -67,11 +68,10 @@ def _ask(node: Node, service: str, name: str, wait: float, mask: Path | None) ->
     if mask is not None:
         picture = np.frombuffer(answer.mask.data, np.uint8).reshape(answer.mask.height, answer.mask.width)
         try:
-            written = cv2.imwrite(str(mask), picture)
+            encoded = cv2.imencode(mask.suffix, picture)[1].tobytes()
         except cv2.error as error:
             raise RuntimeError(f"{mask} cannot be written: give a name such as mask.png") from error
-        if not written:
-            raise RuntimeError(f"{mask} cannot be written: its folder must exist and allow it")
+        write(mask, marked(encoded))
     stamp = answer.header.stamp.sec + 1e-9 * answer.header.stamp.nanosec
     return {
         "name": name,
@@ -112,4 +112,4 @@ def as_text(answer: dict[str, Any]) -> str:
 
 def as_json(answer: dict[str, Any]) -> str:
     """`answer` of :func:`ask` as one JSON object."""
-    return json.dumps(answer, ensure_ascii=False)
+    return json.dumps(answer)

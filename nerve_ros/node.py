@@ -101,7 +101,9 @@ class _RosLog(logging.Handler):
 
 def _refuse(error: Exception) -> int:
     """Say why the node cannot be started with these arguments or parameters; the exit code."""
-    print(f"nerve_node: {error}", file=sys.stderr)
+    from nerve_core.console import printable
+
+    print(printable(f"nerve_node: {error}"), file=sys.stderr)
     return 2
 
 

@@ -29,6 +29,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
+from nerve_core.output import claim, write
+
 if TYPE_CHECKING:
     from rclpy.task import Future
 
@@ -416,6 +418,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the figures into this file too")
     parser.add_argument("--part", nargs=3, help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if given.json:
+        claim([given.json], option="--json")
     if given.part:
         part(int(given.part[0]), int(given.part[1]), given.seed, given.bound, Path(given.part[2]))
     started, first = time.monotonic(), 0
@@ -459,7 +463,7 @@ def main() -> int:
     }
     print(json.dumps(figures, indent=2, ensure_ascii=False))
     if given.json:
-        given.json.write_text(json.dumps(figures, indent=2, ensure_ascii=False))
+        write(given.json, json.dumps(figures, indent=2, ensure_ascii=False))
     return 1 if findings else 0
 
 

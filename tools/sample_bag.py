@@ -32,11 +32,11 @@ import cv2
 import numpy as np
 import typer
 import yaml
-from rich.console import Console
 from rich.progress import track
 from rosbags.rosbag2 import StoragePlugin, Writer
 from rosbags.typesys.store import Typestore
 
+from nerve_core.console import PlainConsole
 from nerve_core.embedded import scenes
 from nerve_core.embedded.scenes import NAMES, STUFF, Scene, draw_scene
 from nerve_core.replay import messages, writing
@@ -304,12 +304,12 @@ def main(
     seed: Annotated[int, typer.Option(help="Another seed, another film.")] = Options.seed,
 ) -> None:
     """Make the sample bag, unless the one that these options give is there already."""
-    console = Console(stderr=True, highlight=False)
+    console = PlainConsole(stderr=True)
     try:
         options = Options(seconds, seed)
         made = ensure(out, options, progress=lambda items: track(items, "filming the sample bag", console=console))
     except (ValueError, FileExistsError) as error:
-        console.print(f"[red]sample_bag:[/] {error}", soft_wrap=True)
+        console.print(f"sample_bag: {error}", style="red", soft_wrap=True)
         raise typer.Exit(2) from None
     if made:
         size = sum(file.stat().st_size for file in out.iterdir()) / 1e6

@@ -9,20 +9,19 @@ same folder.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from PIL import Image
-from rich.console import Console
 from rich.progress import track
 
+from nerve_core.console import PlainConsole, tell
 from nerve_core.embedded.scenes import NAMES, Scene, draw_scenes
 from nerve_core.images.visualize import palette
 
-console = Console(stderr=True)
+console = PlainConsole(stderr=True)
 
 
 def write_folder(root: Path, scenes: Iterable[Scene]) -> Path:
@@ -56,9 +55,9 @@ def main(
     try:
         write_folder(out, scenes)
     except OSError as error:
-        console.print(f"[red]error:[/] {error}", soft_wrap=True)
+        console.print(f"error: {error}", style="red", soft_wrap=True)
         raise typer.Exit(1) from None
-    print(f"{count} scenes of seed {seed} in {os.fspath(out)}")
+    tell(f"{count} scenes of seed {seed} in {out}")
 
 
 if __name__ == "__main__":

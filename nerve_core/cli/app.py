@@ -6,12 +6,13 @@ import logging
 import os
 
 import typer
+from rich.highlighter import NullHighlighter
 from rich.logging import RichHandler
 
+from ..console import console, say
 from .bench import bench
 from .eval import evaluate
 from .models import models
-from .options import console, say
 from .report import report
 from .segment import segment
 from .tune import tune
@@ -31,7 +32,9 @@ def main() -> None:
     """Run the command; an error in the input is printed in one line, without a traceback."""
     # OpenMP's threads spin while they wait, which costs several times the work where other processes are busy.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    handler = RichHandler(console=console, show_time=False, show_path=False, show_level=False)
+    handler = RichHandler(
+        console=console, show_time=False, show_path=False, show_level=False, highlighter=NullHighlighter()
+    )
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     logging.getLogger("nerve_core").setLevel(logging.INFO)
     try:

@@ -11,11 +11,11 @@ from types import ModuleType
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from ..console import console
+
 bench = typer.Typer(no_args_is_help=True, help="Measure speed and memory.")
-console = Console(stderr=True)
 
 
 def load_benchmark(name: str) -> ModuleType:
@@ -98,21 +98,18 @@ def _print_ratios(found: dict[str, Any]) -> None:
         f"({found['speedup_vs_dense_heads_fused']:.1f} with heads fused), "
         f"{found['speedup_vs_chain']:.1f} times as fast as the chain, {found['speedup_vs_iseg']:.2f} times as fast as "
         f"iSeg; it takes {found['memory_vs_dense']:.2f} of dense's memory.",
-        highlight=False,
     )
     for title, suffix, side in (("Low rank", "low_rank", "low rank"), ("With random features, it", "favor", "favor")):
         ms = ", ".join(f"{value:.0f} at {grid}" for grid, value in found["scaling_ms"][side].items())
         console.print(
             f"{title} is {found[f'speedup_{suffix}_vs_chain']:.0f} times as fast as the chain; its time grows as N to "
             f"the {found['exponent_favor' if side == 'favor' else 'exponent']:.2f} (ms by tokens a side: {ms}).",
-            highlight=False,
         )
     large = found.get("large", {})
     for side, row in large.get("sides", {}).items():
         console.print(
             f"At {large['grid']} tokens a side and {large['names']} names, {side}: {row['operator']}, "
             f"{row['ms'] / 1e3:.1f} s, {row['memory_mb']:.0f} MB.",
-            highlight=False,
         )
 
 

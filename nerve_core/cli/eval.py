@@ -15,7 +15,9 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .options import AsJson, Device, Model, Precision, Preset, Set, console, read_settings, say, words
+from ..console import console, say
+from ..output import claim
+from .options import AsJson, Device, Model, Overwrite, Precision, Preset, Set, read_settings, words
 
 if TYPE_CHECKING:
     from ..evaluation.datasets import Dataset
@@ -56,6 +58,7 @@ class Run:
     workers: int | None
     ray: str | None
     keep_going: bool
+    overwrite: bool
     as_json: bool
 
     def base(self, dataset: ImageSet | None = None) -> Settings:
@@ -107,10 +110,12 @@ def _run(
     keep_going: Annotated[
         bool, typer.Option("--keep-going", help="Leave out images that cannot be read, and say which.")
     ] = False,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> Run:
     """A measurement by its options."""
-    return Run(model, device, precision, preset, read_settings(set_), threads, out, workers, ray, keep_going, as_json)
+    settings, where = read_settings(set_), (threads, out, workers, ray)
+    return Run(model, device, precision, preset, settings, *where, keep_going, overwrite, as_json)
 
 
 def taking(name: str, build: Callable[..., Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -290,7 +295,7 @@ def measure(
     from ..evaluation import protocols, summary
     from ..report.page import write_report
 
-    check_out(run.out, [dataset.name for dataset, _ in opened])
+    check_out(run, [dataset.name for dataset, _ in opened])
     sets = []
     for dataset, images in opened:
         folder = run.out and run.out / dataset.name
@@ -335,31 +340,34 @@ def counted(
         yield result, workers
 
 
-def check_out(out: Path | None, names: Sequence[str]) -> None:
-    """Raise where a folder holds runs that this command is not about, or what the report needs is not installed."""
+def check_out(run: Run, names: Sequence[str], others: Sequence[str] = ()) -> None:
+    """Raise where the folder of a run holds runs that this command is not about or files that are not ours, or what
+    the report needs is not installed. others: files that are written besides the report's."""
     from ..evaluation.runlog import DESCRIPTION, RunError
-    from ..report.page import libraries_missing
+    from ..report.page import libraries_missing, report_files
 
+    out = run.out
     if out is None:
         return
     if any(find_spec(library) is None for library in ("jinja2", "matplotlib")):
         raise libraries_missing()
-    others = sorted({path.parent.name for path in out.glob(f"*/{DESCRIPTION}")} - set(names))
-    if others:
+    strange = sorted({path.parent.name for path in out.glob(f"*/{DESCRIPTION}")} - set(names))
+    if strange:
         raise RunError(
-            f"{out} holds runs on {', '.join(others)}, which this command does not measure: choose another --out"
+            f"{out} holds runs on {', '.join(strange)}, which this command does not measure: choose another --out"
         )
+    claim([*report_files(out, scored=True, frames=False), *(out / name for name in others)], run.overwrite)
 
 
 @contextmanager
 def progress(name: str) -> Iterator[Callable[[int, int], None]]:
     """A bar; gives a function to call with the images done and in all. The time left is by this run's own images."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TextColumn("left"),
+        TextColumn("left", markup=False),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, speed_estimate_period=600) as bar:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from ..console import PlainConsole, tell
 from ..models.conversion import clear_converted, converted_bytes, converted_cache
 from ..models.pairs import ModelPair, Source, find_pair, pair_names
 from ..models.weights import FILES, Download, cached_folder, check_space, fetch, file_names, hub_cache, in_words, plan
@@ -39,7 +40,7 @@ def list_pairs(cache_dir: CacheDir = None, as_json: AsJson = False) -> None:
     table.add_column("here", justify="right", no_wrap=True)
     table.add_column("licence", overflow="fold")
     for name, parts in pairs.items():
-        table.add_row(f"[bold]{name}[/bold]")
+        table.add_row(name, style="bold")
         for part in parts:
             here = "no" if part["bytes"] is None else in_words(part["bytes"])
             model = "comes with the package" if name == "embedded" else part["model"]
@@ -47,7 +48,7 @@ def list_pairs(cache_dir: CacheDir = None, as_json: AsJson = False) -> None:
             table.add_row(f"  {part['part']:<10} {model}{optional}", here, part["licence"] or "see its page")
     console = _console()
     console.print(table)
-    console.print("\nFetch one with: nerve models pull PAIR", highlight=False)
+    console.print("\nFetch one with: nerve models pull PAIR")
 
 
 @models.command()
@@ -78,22 +79,20 @@ def pull(
             with console.status(f"asking for {source}"):
                 downloads[part] = plan(source, FILES[part], cache_dir=_text(cache_dir), half=not full_precision)
         else:
-            console.print(f"{part} is the folder {source.location}: nothing to fetch", soft_wrap=True, highlight=False)
+            console.print(f"{part} is the folder {source.location}: nothing to fetch", soft_wrap=True)
     if not downloads:
         return
     console.print(_plan_table(downloads))
     total = sum(download.bytes_absent for download in downloads.values())
     check_space(list(downloads.values()))
     amount = f"{in_words(total)} to fetch into" if total else "nothing to fetch: all is in"
-    console.print(f"{amount} {hub_cache(cache_dir)}", soft_wrap=True, highlight=False)
+    console.print(f"{amount} {hub_cache(cache_dir)}", soft_wrap=True)
     pickled = [download for download in downloads.values() if download.pickles]
     for download in pickled:
         console.print(
             f"{download.source} is published as a pickle alone: {in_words(download.bytes_converted)} are converted to "
             f"safetensors into {converted_cache()}, in a process of its own; what is fetched of the pickle goes again",
             soft_wrap=True,
-            highlight=False,
-            markup=False,
         )
     if dry_run:
         return
@@ -101,7 +100,7 @@ def pull(
         fetch(download)
     if pickled and _show(_check(pair, cache_dir), only_faults=True):
         raise typer.Exit(1)
-    console.print(f"{found.name} is whole; check it with: nerve models verify {pair}", soft_wrap=True, highlight=False)
+    console.print(f"{found.name} is whole; check it with: nerve models verify {pair}", soft_wrap=True)
 
 
 @models.command()
@@ -118,7 +117,7 @@ def verify(
         print(json.dumps({"ok": not faults, "findings": [dataclasses.asdict(finding) for finding in findings]}))
     else:
         _show(findings)
-        _console().print(f"{faults} faults" if faults else f"{pair} is whole and fits together", highlight=False)
+        _console().print(f"{faults} faults" if faults else f"{pair} is whole and fits together")
     if faults:
         raise typer.Exit(1)
 
@@ -143,7 +142,7 @@ def path(
         print(json.dumps(folders))
         return
     for name, place in folders.items():
-        print(f"{name:<12}{place or 'not in the cache: nerve models pull ' + str(pair)}")
+        tell(f"{name:<12}{place or 'not in the cache: nerve models pull ' + str(pair)}")
 
 
 @models.command("clear-cache")
@@ -157,10 +156,10 @@ def clear_cache(
     freed = EmbeddingCache(folder).clear()
     if converted:
         freed += clear_converted()
-    _console().print(f"{in_words(freed)} freed in {folder}", soft_wrap=True, highlight=False)
+    _console().print(f"{in_words(freed)} freed in {folder}", soft_wrap=True)
     if kept := converted_bytes():
         said = f"{in_words(kept)} of converted weights stay in {converted_cache()}; --converted removes them"
-        _console().print(said, soft_wrap=True, highlight=False, markup=False)
+        _console().print(said, soft_wrap=True)
 
 
 def _check(pair: str, cache_dir: Path | None, *, deep: bool = False) -> list[Finding]:
@@ -175,18 +174,18 @@ def _check(pair: str, cache_dir: Path | None, *, deep: bool = False) -> list[Fin
 def _show(findings: list[Finding], *, only_faults: bool = False) -> bool:
     """Print findings, all or the faults; returns whether there is a fault."""
     console = _console()
-    marks = {"fact": "[green]ok[/green]", "note": "[yellow]note[/yellow]", "fault": "[bold red]fault[/bold red]"}
+    marks = {"fact": Text("ok", "green"), "note": Text("note", "yellow"), "fault": Text("fault", "bold red")}
     for finding in findings:
         if only_faults and finding.kind != "fault":
             continue
         console.print(marks[finding.kind], end="  " + " " * (5 - len(finding.kind.replace("fact", "ok"))))
-        console.print(f"{finding.place}: {finding.text}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"{finding.place}: {finding.text}", soft_wrap=True)
     return any(finding.kind == "fault" for finding in findings)
 
 
-def _console() -> Console:
+def _console() -> PlainConsole:
     """Standard output as it is now: what these commands print is their result."""
-    return Console()
+    return PlainConsole()
 
 
 def _text(folder: Path | None) -> str | None:
@@ -221,7 +220,7 @@ def _plan_table(downloads: dict[str, Download]) -> Table:
     table.add_column("")
     for part, download in downloads.items():
         absent = {file.name for file in download.absent}
-        table.add_row(f"[bold]{part}: {download.source}[/bold]", in_words(sum(f.size for f in download.files)), "")
+        table.add_row(Text(f"{part}: {download.source}", "bold"), in_words(sum(f.size for f in download.files)), "")
         pickled = {name for names in download.pickles.values() for name in names}
         for file in download.files:
             state = "fetch" if file.name in absent else "here"

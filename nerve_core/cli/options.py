@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
+
+from ..console import console
 
 if TYPE_CHECKING:
     from ..segmenter import Segmenter
-
-console = Console(stderr=True)
 
 Model = Annotated[str, typer.Option(help="A model pair's name, or a folder with a pair.json.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
@@ -25,12 +24,10 @@ Set = Annotated[
         "--set", help="Override a setting, as NAME=VALUE in JSON, or @FILE with many in JSON; may be repeated."
     ),
 ]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace files that are there and that nerve did not write.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on the last line.")]
-
-
-def say(text: str, style: str | None = None) -> None:
-    """Print a sentence to standard error as it is: nothing in it is markup, and a path in it is not broken."""
-    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def load(model: str, device: str, precision: str | None, preset: str, overrides: Iterable[str] | None) -> Segmenter:

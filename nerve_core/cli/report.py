@@ -7,6 +7,10 @@ from typing import Annotated
 
 import typer
 
+from ..console import tell
+from ..output import claim
+from .options import Overwrite
+
 report = typer.Typer(no_args_is_help=True, help="Compare two runs; write a run's page anew.")
 
 Folder = Annotated[Path, typer.Argument(help="A folder that nerve eval, tune or replay wrote.")]
@@ -17,16 +21,21 @@ def compare(
     a: Folder,
     b: Folder,
     out: Annotated[Path, typer.Option(help="Folder for comparison.html.")] = Path("nerve_comparison"),
+    overwrite: Overwrite = False,
 ) -> None:
     """Set two runs of one kind side by side: what differs between them, figures, names and overlays."""
-    from ..report import write_comparison  # takes its time to import: not for --help
+    from ..report.compare import COMPARISON, write_comparison  # takes its time to import: not for --help
 
-    print(write_comparison(a, b, out))
+    claim([out / COMPARISON], overwrite)
+    tell(write_comparison(a, b, out))
 
 
 @report.command()
-def show(folder: Folder) -> None:
+def show(folder: Folder, overwrite: Overwrite = False) -> None:
     """Write report.html anew from a run's results.json."""
-    from ..report import read_report, write_page
+    from ..report.files import read_report
+    from ..report.page import PAGE, write_page
 
-    print(write_page(read_report(folder), folder))
+    read = read_report(folder)
+    claim([folder / PAGE], overwrite, "folder")
+    tell(write_page(read, folder))

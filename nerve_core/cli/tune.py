@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..console import say
+from ..output import write
 from .eval import SETS, Limit, Run, check_out, counted, measures, open_set, show
-from .options import console, say, words
+from .options import words
 
 if TYPE_CHECKING:
     from ..evaluation.datasets import Dataset
@@ -49,14 +51,11 @@ def tune(
     out = run.out
     if out is None:
         raise ValueError("nerve tune needs --out DIR, for the settings it finds and what it found them by")
-    check_out(out, [_HELD_OUT])
+    check_out(run, [_HELD_OUT], [SETTINGS])
     dataset = _opened(source, root, limit)
     learnt, judged = tuning.split(dataset, held_out, seed)
     base = run.base(dataset)
-    console.print(
-        f"at most {trials} settings on {len(learnt.samples)} images, then 2 on the {len(judged.samples)} held out",
-        highlight=False,
-    )
+    say(f"at most {trials} settings on {len(learnt.samples)} images, then 2 on the {len(judged.samples)} held out")
 
     def measured(number: int, axis: str, variants: Sequence[Variant]) -> Tally:
         folder = out / "tuning" / f"{number:02d}-{axis}"
@@ -64,7 +63,7 @@ def tune(
             return result.tally
 
     found, tried = tuning.search(measured, base, words(axes), trials)
-    (out / SETTINGS).write_text(json.dumps(found, indent=1) + "\n")
+    write(out / SETTINGS, json.dumps(found, indent=1) + "\n")
     both = (Variant(tuning.OWN), Variant(tuning.TUNED, found))
     with counted(run, judged, both, out / _HELD_OUT, "held-out images") as (result, _):
         gain = tuning.gain(result)

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..output import named, writing
+
 DESCRIPTION, LINES = "run.json", "images.jsonl"
 _FLUSH_SECONDS = 2.0
 _MARK = ', "sha256": "'
@@ -32,8 +34,9 @@ class RunLog:
         description: what it depends on, as JSON has it. Raises RunError where the folder holds another run or another
         process is writing into it, and OSError.
         """
-        folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / LINES
+        with named(self.path):
+            folder.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("r+b" if self.path.exists() else "x+b")
         try:
             try:
@@ -53,15 +56,13 @@ class RunLog:
         if not path.exists():
             if self.path.stat().st_size:
                 raise RunError(f"{self.path} has results and {path.name} is missing; choose another --out")
-            new = path.with_suffix(".new")
-            with new.open("w") as file:
+            with writing(path) as new, new.open("w", encoding="utf-8") as file:
                 json.dump(description, file, indent=1, ensure_ascii=False)
                 file.flush()
                 os.fsync(file.fileno())
-            new.rename(path)
             return
         try:
-            there = json.loads(path.read_text())
+            there = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise RunError(f"{path} is no JSON ({error}); choose another --out, or delete the folder") from None
         different = list(differences(there, description))
@@ -96,10 +97,11 @@ class RunLog:
     def append(self, content: Mapping[str, Any]) -> None:
         """Add a line, after all were read."""
         text = json.dumps(content, ensure_ascii=False)[:-1]
-        self._file.write(f'{text}{_MARK}{_checksum(text)}"}}\n'.encode())
-        self._file.flush()  # the kernel has it: it outlives this process
-        if time.monotonic() - self._flushed > _FLUSH_SECONDS:
-            self._sync()
+        with named(self.path, kept="every whole line is kept, and the same command goes on from there"):
+            self._file.write(f'{text}{_MARK}{_checksum(text)}"}}\n'.encode())
+            self._file.flush()  # the kernel has it: it outlives this process
+            if time.monotonic() - self._flushed > _FLUSH_SECONDS:
+                self._sync()
 
     def close(self) -> None:
         """Write through to the disk, and release the folder."""

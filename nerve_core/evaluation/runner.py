@@ -25,7 +25,7 @@ from .workers import Failed, ImageSet, InProcess, Job, Processes, Task, Workers
 FORMAT = 1
 _CORE = Path(__file__).resolve().parents[1]
 _OF_NO_EFFECT = (
-    *("cli/*", "report/*", "replay/*", "images/visualize.py", "models/verify.py"),
+    *("cli/*", "report/*", "replay/*", "images/visualize.py", "models/verify.py", "console.py", "output.py"),
     *(f"evaluation/{name}.py" for name in ("protocols", "summary", "tune", "runlog", "ray_workers")),
 )
 _LIBRARIES = ("torch", "transformers", "diffusers", "numpy", "pillow")

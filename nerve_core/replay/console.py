@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from .run import Replayed
 
@@ -17,10 +18,10 @@ from .run import Replayed
 def progress(console: Console, total: int | None) -> Iterator[Callable[..., None]]:
     """A bar with the time that is left; gives a function to be called with every image. total: None is not known."""
     bar = Progress(
-        TextColumn("segmenting"),
+        TextColumn("segmenting", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
+        TextColumn("{task.fields[rate]}", markup=False),
         TimeRemainingColumn(),
         console=console,
     )
@@ -59,25 +60,27 @@ def show(console: Console, replayed: Replayed, out: Path) -> None:
         console.print(
             f"label changes per pixel and second: {_rate(camera.flicker_static)} where the image stands still "
             f"({_share(camera.static_share)} of it), {_rate(camera.flicker_warped)} along the optical flow",
-            highlight=False,
         )
         if camera.score is not None:
             console.print(f"mIoU {_rate(camera.score.miou)} over {camera.score.images} images with labels")
         for reason, count in camera.lost.items():
-            console.print(f"{count} lost: {reason}", style="yellow", markup=False, soft_wrap=True)
+            console.print(f"{count} lost: {reason}", style="yellow", soft_wrap=True)
     for live in report.live:
         console.print(
             f"live: {live.published} images out, {live.masks} masks, {live.dropped} dropped; age p50 "
             f"{_ms(live.age_p50_ms)}, p95 {_ms(live.age_p95_ms)}, p99 {_ms(live.age_p99_ms)}, jitter "
             f"{_ms(live.jitter_ms)}; {live.equal} of {live.compared} masks equal to those worked out offline",
-            highlight=False,
         )
     for note in report.notes:
-        console.print(note, style="dim", markup=False, soft_wrap=True)
-    console.print(f"[bold]report[/]  {out / 'report.html'}", soft_wrap=True)
+        console.print(note, style="dim", soft_wrap=True)
+    _print_file(console, "report", out / "report.html")
     for kind, path in [("bag", report.bag), *(("video", camera.video) for camera in report.cameras)]:
         if path:
-            console.print(f"[bold]{kind:6}[/]  {out / path}", soft_wrap=True)
+            _print_file(console, kind, out / path)
+
+
+def _print_file(console: Console, kind: str, path: Path) -> None:
+    console.print(Text(f"{kind:6}", "bold"), f" {path}", soft_wrap=True)
 
 
 def _rate(value: float | None) -> str:

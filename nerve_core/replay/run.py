@@ -8,7 +8,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime
@@ -20,7 +20,9 @@ import numpy as np
 
 from ..evaluation.runner import versions
 from ..models.pairs import find_pair
+from ..output import claim, claim_folder, placing
 from ..report.data import Camera, Live, Picture, Report
+from ..report.page import report_files
 from ..report.pictures import save_picture
 from ..segmenter import Segmentation, Segmenter
 from ..settings import Settings
@@ -33,6 +35,7 @@ from .video import OverlayVideo
 from .writing import ResultBag
 
 VARIANT = "nerve"
+BAG = "bag"
 PICTURES = 6
 """Pictures of each camera in the report, equally far apart."""
 FLICKER = (
@@ -130,7 +133,7 @@ def replay(
     losses = [Losses() for _ in cameras]
     measures = [Measures(vocabulary.names) for _ in cameras]
     pictures = [_Pictures() for _ in cameras]
-    files = [f"{_file_name(name)}.webm" if video else "" for name in cameras]
+    files = [_video_name(name) if video else "" for name in cameras]
     inference = 0.0
     spent = [0.0 for _ in cameras]
     interrupted = False
@@ -144,8 +147,10 @@ def replay(
         written = None
         if bag:
             threshold = segmenter.settings.readout.threshold
-            written = ResultBag(out / "bag", selection.topics, vocabulary.names, threshold)
-        videos = [OverlayVideo(out / name) for name in files if name]
+            written = ResultBag(
+                stack.enter_context(placing(out / BAG, always=True)), selection.topics, vocabulary.names, threshold
+            )
+        videos = [OverlayVideo(stack.enter_context(placing(out / name))) for name in files if name]
 
         def measure(frame: Frame, found: Segmentation) -> None:
             measures[frame.camera].take(frame, found)
@@ -226,7 +231,7 @@ def replay(
         settings=segmenter.settings.flat(),
         defaults={} if pair is None else Settings.of_pair(find_pair(pair)).flat(),
         source=str(path),
-        bag="bag" if bag else "",
+        bag=BAG if bag else "",
         cameras=tuple(reported),
         notes=(*notes, *_encodings_note(selection, measures), *_notes(interrupted, total, vocabulary)),
         extra={
@@ -239,6 +244,20 @@ def replay(
         },
     )
     return Replayed(report, interrupted, total, inference, wall)
+
+
+def claim_results(
+    out: Path, topics: Sequence[str], *, bag: bool, video: bool, scored: bool, log: str = "", overwrite: bool = False
+) -> None:
+    """Make sure, before a replay, that what it writes into the folder `out` may be written there.
+
+    bag, video, scored: whether there will be a bag, videos, scores. log: the name of a log. Raises OutputError.
+    """
+    videos = [out / _video_name(name) for name in camera_names(topics)] if video else []
+    logs = [out / log] if log else []
+    claim([*report_files(out, scored=scored, frames=True), *videos, *logs], overwrite)
+    if bag:
+        claim_folder(out / BAG, overwrite)
 
 
 def with_live(replayed: Replayed, live: tuple[Live, ...]) -> Replayed:
@@ -276,6 +295,10 @@ def _encodings_note(selection: Selection, measures: list[Measures]) -> tuple[str
         for topic, one in zip(selection.topics, measures, strict=True)
         if len(one.encodings) > 1
     )
+
+
+def _video_name(camera: str) -> str:
+    return f"{_file_name(camera)}.webm"
 
 
 def _file_name(camera: str) -> str:

@@ -16,6 +16,7 @@ import cv2
 import numpy as np
 
 from ..images.visualize import overlay
+from ..output import OutputError
 from .frames import Frame
 
 if TYPE_CHECKING:
@@ -67,8 +68,12 @@ class OverlayVideo:
         self._write(writer)
         self._put(writer, self._pending.pop()[1], 1)
         writer.release()
+        if not _is_whole(self._path):
+            raise OutputError(f"the video {self._path.name} was not written to its end: the disk is full", full=True)
         if not opens(self._path):
-            raise RuntimeError(f"the video {self._path} was written, but OpenCV {cv2.__version__} cannot read it back")
+            raise RuntimeError(
+                f"the video {self._path.name} was written, but OpenCV {cv2.__version__} cannot read it back"
+            )
         return True
 
     def _open(self) -> cv2.VideoWriter:
@@ -82,7 +87,7 @@ class OverlayVideo:
             writer = cv2.VideoWriter(str(self._path), cv2.CAP_FFMPEG, code, 1 / self._interval, self._size)
         if not writer.isOpened():
             raise RuntimeError(
-                f"OpenCV {cv2.__version__} cannot write the video {self._path}: {' '.join(said).strip()}; "
+                f"OpenCV {cv2.__version__} cannot write the video {self._path.name}: {' '.join(said).strip()}; "
                 "its FFmpeg needs VP8 (the wheels on PyPI have it); or do without, by --no-video"
             )
         return writer
@@ -116,6 +121,15 @@ def _standard_error() -> Iterator[Sequence[str]]:
             os.close(kept)
             file.seek(0)
             said.append(file.read().decode(errors="replace"))
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a WebM file is as long as its Segment says (RFC 9559): FFmpeg says nothing of a disk that is full."""
+    with path.open("rb") as file:
+        head = file.read(4096)
+    start = head.find(b"\x18\x53\x80\x67") + 4
+    size = int.from_bytes(head[start : start + 8], "big") & ((1 << 56) - 1)
+    return start >= 4 and start + 8 + size == path.stat().st_size
 
 
 def opens(path: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rosbags.interfaces import Qos, QosDurability, QosHistory, QosLiveliness, QosReliability, QosTime
 from rosbags.rosbag2 import CompressionFormat, CompressionMode, StoragePlugin, Writer
 
+from ..output import named
 from .frames import Frame, camera_names
 from .messages import (
     CLASS_CONFIDENCES,
@@ -30,17 +32,18 @@ class ResultBag:
     """A rosbag2 bag (mcap, zstd) that is being written: for each camera segmentation/mask, confidence, class_confidence
     and label_info in its namespace, with QoS and definitions as of the node.
 
-    Whatever happens, `close` makes it a whole bag. Raises OSError where the folder is there already.
+    Whatever happens, `close` makes it a whole bag, or none where the disk is full. Raises OutputError where it cannot
+    be written.
     """
 
     def __init__(self, folder: Path, topics: Sequence[str], names: tuple[str, ...], threshold: float) -> None:
-        if folder.exists():
-            raise FileExistsError(f"{folder} is there already; delete it, or name another folder")
+        self._folder = folder
         self._names, self._threshold = names, threshold
         # Version 8 of the format is read from Iron on; 9 only by the newest.
         self._writer = Writer(folder, version=8, storage_plugin=StoragePlugin.MCAP)
         self._writer.set_compression(CompressionMode.STORAGE, CompressionFormat.ZSTD)
-        self._writer.open()
+        with named(folder):
+            self._writer.open()
         self._connections = [
             {
                 part: self._writer.add_connection(
@@ -72,11 +75,17 @@ class ResultBag:
 
     def _write(self, frame: Frame, part: str, message: Any) -> None:
         connection = self._connections[frame.camera][part]
-        self._writer.write(connection, frame.time, typestore().serialize_cdr(message, connection.msgtype))
+        with named(self._folder):
+            self._writer.write(connection, frame.time, typestore().serialize_cdr(message, connection.msgtype))
 
     def close(self) -> None:
         """Write the index and metadata.yaml."""
-        self._writer.close()
+        with named(self._folder):
+            try:
+                self._writer.close()
+            except OSError:
+                shutil.rmtree(self._folder)  # without its index it is no bag
+                raise
 
 
 def qos(latched: bool, depth: int = 1) -> Qos:

@@ -15,9 +15,12 @@ from typing import Any
 
 import numpy as np
 
+from ..output import write, writing
 from .data import Camera, Report
 
 RESULTS = "results.json"
+SCORE_TABLES = ("scores.csv", "per_class.csv", "confusion.csv")
+FRAMES = "frames.csv"
 VERSION = 1
 
 
@@ -33,12 +36,7 @@ def write_results(report: Report, folder: Path) -> Path:
     plain = {"format": "nerve report", "version": VERSION, "report": _plain(report, "report")}
     # ASCII alone: a name may hold half a surrogate pair, which UTF-8 cannot say and an escape can.
     text = json.dumps(plain, allow_nan=False)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / RESULTS
-    part = path.with_name(RESULTS + ".part")  # a run that is killed here leaves the old file whole
-    part.write_text(text + "\n", encoding="ascii")
-    part.replace(path)
-    return path
+    return write(folder / RESULTS, text + "\n")
 
 
 def read_report(folder: Path) -> Report:
@@ -148,20 +146,20 @@ def write_tables(report: Report, folder: Path) -> None:
             settings = json.dumps(_plain(score.settings, "settings"))
             first = (name, score.variant, score.images, images, score.miou, *low_high)
             rows.append((*first, score.pixel_accuracy, score.seconds, settings))
-        _write_csv(folder / "scores.csv", rows)
+        _write_csv(folder / SCORE_TABLES[0], rows)
         rows = [("set", "variant", "name", "iou")]
         rows += [(name, score.variant, *item) for name, _, _, score in scored for item in score.per_class.items()]
-        _write_csv(folder / "per_class.csv", rows)
+        _write_csv(folder / SCORE_TABLES[1], rows)
         rows = [("set", "variant", "truth", "prediction", "pixels")]
         rows += [
             (name, score.variant, label_name(labels, truth), label_name(labels, predicted), pixels)
             for name, _, labels, score in scored
             for truth, predicted, pixels in score.confusion
         ]
-        _write_csv(folder / "confusion.csv", rows)
+        _write_csv(folder / SCORE_TABLES[2], rows)
     if report.cameras:
         header = ("topic", "time", "name", "presence", "confidence", "area")
-        _write_csv(folder / "frames.csv", itertools.chain([header], _frames(report)))
+        _write_csv(folder / FRAMES, itertools.chain([header], _frames(report)))
 
 
 def _frames(report: Report) -> Iterator[tuple[Any, ...]]:
@@ -184,5 +182,5 @@ def label_name(labels: Sequence[str], number: int) -> str:
 
 
 def _write_csv(path: Path, rows: Iterable[tuple[Any, ...]]) -> None:
-    with path.open("w", newline="", encoding="utf-8", errors="replace") as file:
+    with writing(path) as part, part.open("w", newline="", encoding="utf-8", errors="replace") as file:
         csv.writer(file).writerows(rows)

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from ..images.visualize import palette
+from ..output import write, writing
 from ..text.vocabulary import BACKGROUND, UNLABELLED
 from . import charts
 from .data import Camera, Curve, Picture, Presence, Report, Score
-from .files import ReportError, camera_labels, label_name, write_results, write_tables
+from .files import FRAMES, RESULTS, SCORE_TABLES, ReportError, camera_labels, label_name, write_results, write_tables
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -45,6 +46,12 @@ def write_report(report: Report, folder: Path) -> Path:
     return write_page(report, folder)
 
 
+def report_files(folder: Path, *, scored: bool, frames: bool) -> list[Path]:
+    """The files of a report but for its pictures. scored: of something that has labels. frames: of a replay."""
+    tables = (*(SCORE_TABLES if scored else ()), *((FRAMES,) if frames else ()))
+    return [folder / name for name in (RESULTS, *tables, PAGE)]
+
+
 def write_page(report: Report, folder: Path) -> Path:
     """Write report.html alone; see `write_report`."""
     shown = [*(item.pictures for item in report.sets), *(item.pictures for item in report.cameras)]
@@ -57,9 +64,7 @@ def write_page(report: Report, folder: Path) -> Path:
 
 def save_page(path: Path, text: str) -> Path:
     """Write a page; half a surrogate pair, which UTF-8 has no bytes for, becomes a question mark."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(text.encode("utf-8", "replace"))
-    return path
+    return write(path, text.encode("utf-8", "replace"))
 
 
 class Media:
@@ -100,8 +105,8 @@ class Media:
         if self.copy_to is None:
             return name
         target = Path("pictures", self.file(name).name)
-        (self.copy_to / target).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(self.file(name), self.copy_to / target)
+        with writing(self.copy_to / target) as part:
+            shutil.copyfile(self.file(name), part)
         return target.as_posix()
 
     @cache  # noqa: B019 - a page's pictures, as long as the page is written

@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 
 from ..images.visualize import hatch_ignored, overlay
+from ..output import marked, write
 from ..text.vocabulary import BACKGROUND, UNLABELLED
 from .data import Picture
 
@@ -70,6 +71,5 @@ def _save(folder: Path, stem: str, picture: np.ndarray) -> str:
     """Write a picture, uint8 [h, w, 3] RGB, as JPEG; its path from the report's folder."""
     data = cv2.imencode(".jpg", picture[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 82])[1].tobytes()
     path = Path("pictures", f"{stem}-{hashlib.sha256(data).hexdigest()[:12]}.jpg")
-    (folder / path).parent.mkdir(parents=True, exist_ok=True)
-    (folder / path).write_bytes(data)
+    write(folder / path, marked(data))
     return path.as_posix()

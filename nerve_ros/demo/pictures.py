@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 
 from nerve_core.images.visualize import contact_sheet, overlay
+from nerve_core.output import marked, write, writing
 from nerve_core.replay.video import opens
 from nerve_ros.demo.recording import Recording
 from nerve_ros.demo.report import Asked, Segmented
@@ -36,7 +37,13 @@ def write_video(
 
     Raises RuntimeError where OpenCV cannot write it.
     """
-    path.unlink(missing_ok=True)
+    with writing(path) as part:
+        _write_video(part, recording, asked, segmented, progress)
+
+
+def _write_video(
+    path: Path, recording: Recording, asked: Sequence[Asked], segmented: Sequence[Segmented], progress: Progress
+) -> None:
     first = draw(recording, asked, segmented[0])
     size = first.shape[1::-1]
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), 1 / recording.interval, size)
@@ -63,8 +70,7 @@ def write_contact_sheet(
     chosen = sorted({int(np.abs(times - moment).argmin()) for moment in wanted})
     pictures = [draw(recording, asked, segmented[number]) for number in chosen]
     sheet = contact_sheet(pictures, SHEET_COLUMNS, SHEET_WIDTH)
-    if not cv2.imwrite(str(path), sheet[..., ::-1]):
-        raise RuntimeError(f"the contact sheet {path} could not be written")
+    write(path, marked(cv2.imencode(".png", sheet[..., ::-1])[1].tobytes()))
 
 
 def draw(recording: Recording, asked: Sequence[Asked], seen: Segmented) -> np.ndarray:

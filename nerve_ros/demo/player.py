@@ -32,6 +32,7 @@ from sensor_msgs.msg import CameraInfo, Image
 from std_msgs.msg import Header
 from vision_msgs.msg import LabelInfo
 
+from nerve_core.console import printable
 from nerve_ros.demo.collector import NODE
 from nerve_ros.demo.recording import Recording, RecordingError, read_recording
 from nerve_ros.demo.schedule import Asking, load_schedule, usual_schedule
@@ -177,7 +178,7 @@ def main(
             raise PlayerError("asked to end")
         player.play(recording, asked, rate)
     except (RecordingError, PlayerError, ValueError) as error:
-        print(f"nerve_player: {error}", file=sys.stderr)
+        print(printable(f"nerve_player: {error}"), file=sys.stderr)
         raise typer.Exit(1) from None
     finally:
         if player is not None:

@@ -17,6 +17,8 @@ from pathlib import Path
 
 from ament_index_python.packages import get_package_prefix, get_package_share_directory
 
+from nerve_core.output import LOG_HEAD
+
 DOMAINS = range(215, 232)
 """ROS domains whose ports lie above those that Linux hands out by itself, and away from everyday's low numbers."""
 
@@ -75,7 +77,8 @@ class Child:
         self.name, self.log = name, log
         self._lines: deque[str] = deque()
         self._asked_to_end = False
-        with log.open("wb") as written:
+        with log.open("wb", buffering=0) as written:
+            written.write(LOG_HEAD)
             self._process = subprocess.Popen(
                 command,
                 env=dict(env),
@@ -138,7 +141,7 @@ class Child:
             lines = self.log.read_text(errors="replace").splitlines()
         except OSError:
             return ""
-        return "\n".join(lines[-count:])
+        return "\n".join(lines[1:][-count:])  # without LOG_HEAD
 
     def _signal(self, number: signal.Signals) -> None:
         if self.returncode is not None:  # its number may be another process's by now

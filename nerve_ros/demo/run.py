@@ -24,7 +24,10 @@ from ament_index_python.packages import PackageNotFoundError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
+from nerve_core.console import PlainConsole
+from nerve_core.output import claim
 from nerve_ros.demo.collector import Collector, Heard
 from nerve_ros.demo.processes import Child, environment, node_command, own_domain
 from nerve_ros.demo.recording import Recording, RecordingError, read_recording
@@ -38,6 +41,7 @@ STALLED = 60.0
 LATE = 30.0
 """Seconds to wait for the masks that are due when the last image has gone out."""
 TICK = 0.1
+SHEET, VIDEO = "contact_sheet.png", "demo.mp4"
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -56,6 +60,7 @@ class Options:
     rate: float
     model: str
     device: str
+    overwrite: bool = False
 
 
 @dataclass
@@ -86,9 +91,9 @@ class Steps:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._progress = Progress(
-            TextColumn("  {task.description}"),
+            TextColumn("  {task.description}", markup=False),
             BarColumn(bar_width=24),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", style="dim", markup=False),
             TimeElapsedColumn(),
             console=console,
             transient=True,
@@ -110,6 +115,7 @@ class Run:
     """One demonstration. `go` gives its figures; the children are ended when the stack given is closed."""
 
     def __init__(self, options: Options, stack: ExitStack, steps: Steps) -> None:
+        claim((options.out / name for name in (SHEET, VIDEO, "node.log", "player.log")), options.overwrite)
         self._options, self._stack, self._steps = options, stack, steps
         recording = read_recording(options.bag)
         self.recording: Recording = recording.beginning(min(options.seconds, recording.seconds))
@@ -172,7 +178,7 @@ class Run:
                     why = "" if state != "active" else f"; it serves {sorted(heard.classes.values())}"
                     raise DemoError(f"the node is {state} after {STARTING:.0f} s{why}{self._node_log()}")
                 note = heard.values.get("stage") or ("waiting for its labels" if heard.state else "")
-                update(note=f"[dim]{note}")
+                update(note=note)
                 self._tick()
 
     def _play(self) -> None:
@@ -188,7 +194,7 @@ class Run:
                 if time.monotonic() - since > STALLED:
                     raise DemoError(f"the player sent {count} of {total} images and then none for {STALLED:.0f} s")
                 masks = len(self.collector.heard().answers)
-                update(completed=count, note=f"[dim]{masks} masks")
+                update(completed=count, note=f"{masks} masks")
 
     def _wait_for_late_masks(self) -> None:
         """Until the last image is answered (a newer one never replaces it) and the node's own count holds its mask."""
@@ -221,7 +227,7 @@ class Run:
         from nerve_ros.demo.pictures import write_contact_sheet, write_video
 
         options, played = self._options, self.played
-        sheet, video = options.out / "contact_sheet.png", options.out / "demo.mp4"
+        sheet, video = options.out / SHEET, options.out / VIDEO
         with self._steps.step("measuring and drawing", 2 * len(segmented)) as update:
             done = 0
 
@@ -299,7 +305,7 @@ def show(console: Console, report: Report, figures: Mapping[str, object], record
     console.print()
     for name in ("contact_sheet", "video"):
         # As it is, so that a terminal can follow it.
-        console.print(f"[bold]{name.replace('_', ' '):14}[/]{figures[name]}", soft_wrap=True)
+        console.print(Text(f"{name.replace('_', ' '):13}", "bold"), str(figures[name]), soft_wrap=True)
 
 
 def _milliseconds(value: float | None) -> str:
@@ -327,26 +333,28 @@ def main(
     rate: Annotated[float, typer.Option(min=0.01, max=100.0, help="Play this much faster than filmed.")] = 1.0,
     model: Annotated[str, typer.Option(help="Model pair: name or folder.")] = "embedded",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N.")] = "auto",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace files that are there and that nerve did not write.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON, on the last line.")] = False,
 ) -> None:
     """Play a bag to the node over DDS, ask for objects by name, and measure and draw the answers."""
     cv2.setNumThreads(1)
-    console = Console(stderr=True, highlight=False)
+    console = PlainConsole(stderr=True)
     for number in SIGNALS:
         signal.signal(number, _interrupted)
-    options = Options(bag, out, seconds, tuple(names or ()), rate, model, device)
+    options = Options(bag, out, seconds, tuple(names or ()), rate, model, device, overwrite)
     try:
         with _uninterrupted_end() as stack:
             run = Run(options, stack, Steps(console))
             report, figures = run.go()
     except (DemoError, RecordingError, PackageNotFoundError, RuntimeError, ValueError) as error:
-        console.print("[red]demo:[/] ", end="")
-        console.print(str(error), markup=False, soft_wrap=True)
+        console.print(Text("demo:", "red"), str(error), soft_wrap=True)
         raise typer.Exit(1) from None
     except SystemExit:
         console.print("demo: interrupted; everything it started has ended")
         raise
-    show(console if as_json else Console(highlight=False), report, figures, run.recording)
+    show(console if as_json else PlainConsole(), report, figures, run.recording)
     if as_json:
         print(json.dumps(figures))
 

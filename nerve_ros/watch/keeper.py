@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import math
 import os
 import shutil
 import time
 from pathlib import Path
+
+from nerve_core.output import OutputError, marked, write
 
 SPARE = 1 << 30
 """Bytes that `--save` leaves free on the disk."""
@@ -36,6 +39,16 @@ class Keeper:
         try:
             if shutil.disk_usage(self._folder).free < SPARE + len(jpeg):
                 raise OSError(errno.ENOSPC, "less than 1 GB is free")
-            (self._folder / f"{name}.jpg").write_bytes(jpeg)
+            write(self._free(name), marked(jpeg), recorded=False)  # none is ever replaced
         except OSError as error:
             self.error = f"no more pictures are kept in {self._folder}: {error.strerror}"
+        except OutputError as error:
+            self.error = f"no more pictures are kept: {error}"
+
+    def _free(self, name: str) -> Path:
+        """NAME.jpg, or with a number where that is there: a clock that was set back gives the same stamps again."""
+        numbers = itertools.count(2)
+        path = self._folder / f"{name}.jpg"
+        while path.exists():
+            path = self._folder / f"{name}_{next(numbers)}.jpg"
+        return path

@@ -9,8 +9,8 @@ import rclpy
 from rclpy.exceptions import NameValidationException
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.validate_namespace import validate_namespace
-from rich.console import Console
 
+from nerve_core.console import PlainConsole
 from nerve_ros.watch.board import Board
 from nerve_ros.watch.keeper import Keeper
 from nerve_ros.watch.page import Page, is_loopback
@@ -49,8 +49,8 @@ def _watch(namespace: str, board: Board, page: Page, keeper: Keeper | None) -> N
     executor = SingleThreadedExecutor()
     executor.add_node(watcher)
     page.start()
-    console = Console()
-    console.print(f"watching {watcher.target}; the page is {page.url}", markup=False, highlight=False, soft_wrap=True)
+    console = PlainConsole()
+    console.print(f"watching {watcher.target}; the page is {page.url}", soft_wrap=True)
     if not is_loopback(page.host):
         console.print("whoever reaches this address sees what the camera sees", style="yellow")
     with Terminal(console, board) as terminal:

@@ -47,6 +47,32 @@ def test_it_says_where_and_writes_the_mask(rig, tmp_path):
     assert "use_depth is false" in text
 
 
+def test_a_mask_replaces_no_file_that_it_did_not_write(rig, tmp_path):
+    rig.segment(PICTURE)
+    mask = tmp_path / "mask.png"
+    mask.write_text("mine")
+    done = nerve(rig, "ball", "--mask", str(mask))
+    assert done.returncode == 2
+    assert "mask.png would be replaced" in done.stderr
+    assert mask.read_text() == "mine"
+    for more in (["--overwrite"], []):
+        done = nerve(rig, "ball", "--mask", str(mask), *more)
+        assert done.returncode in (0, 1), done.stderr
+        assert cv2.imread(str(mask), cv2.IMREAD_UNCHANGED).shape == (PICTURE["height"], PICTURE["width"])
+
+
+def test_a_name_is_printed_as_text(rig, tmp_path):
+    rig.segment(PICTURE)
+    name = "[/mug] [red]x[/] :smile:\u202e"
+    done = nerve(rig, name)
+    assert done.returncode in (0, 1), done.stderr
+    assert done.stdout.startswith("[/mug] [red]x[/] :smile:\\u202e: ")
+    assert json.loads(nerve(rig, name, "--json").stdout)["name"] == name
+    done = nerve(rig, "ball", "--mask", str(tmp_path / "no[/mug]\x1b[31m" / "mask.png"))
+    assert done.returncode == 2
+    assert r"no[/mug]\x1b[31m/mask.png cannot be written" in " ".join(done.stderr.split())
+
+
 def test_what_is_not_in_the_image_ends_with_one(rig):
     assert rig.talker.do("set_parameter", name="presence_threshold", value=1.0)["successful"]
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import resource
 import signal
 import threading
 from pathlib import Path
@@ -16,13 +17,14 @@ from rosbags.highlevel import AnyReader
 
 import bags
 from bags import START, STEP, TOPIC
+from nerve_core.output import OutputError
 from nerve_core.replay import run as run_module
 from nerve_core.replay import video as video_module
 from nerve_core.replay.frames import Frame, Selection
 from nerve_core.replay.measures import Measures, Steadiness
 from nerve_core.replay.messages import CLASS_CONFIDENCES, IMAGE, LABEL_INFO
 from nerve_core.replay.reading import BagError
-from nerve_core.replay.run import replay
+from nerve_core.replay.run import claim_results, replay
 from nerve_core.replay.threads import DEPTH, Ahead, Behind
 from nerve_core.replay.video import OverlayVideo
 from nerve_core.replay.writing import ResultBag
@@ -264,8 +266,46 @@ def test_masks_that_start_from_the_image_before_are_of_one_camera(bag, segmenter
 
 def test_results_are_never_written_over(bag, segmenter, tmp_path):
     (tmp_path / "bag").mkdir()
-    with pytest.raises(FileExistsError, match="there already"):
+    (tmp_path / "bag" / "film.mcap").write_text("mine")
+    with pytest.raises(OutputError, match=r"film\.mcap would be replaced"):
         replay(bag, Selection((TOPIC,)), segmenter, VOCABULARY, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["bag"]
+    assert (tmp_path / "bag" / "film.mcap").read_text() == "mine"
+
+
+def test_its_own_results_are_replaced(bag, segmenter, tmp_path):
+    for limit in (2, 1):
+        write_report(replay(bag, Selection((TOPIC,), limit=limit), segmenter, VOCABULARY, tmp_path).report, tmp_path)
+        assert len(messages(tmp_path / "bag")["/camera/segmentation/mask", IMAGE]) == limit
+
+
+def test_what_is_not_ours_is_refused_before_a_replay_begins(tmp_path):
+    chosen = {"bag": True, "video": True, "scored": False}
+    for name in ("report.html", "results.json", "frames.csv", "camera.webm", "node.log", "bag/bag.mcap"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+        with pytest.raises(OutputError, match=f"{path.name} would be replaced"):
+            claim_results(tmp_path, (TOPIC,), log="node.log", **chosen)
+        path.unlink()
+    (tmp_path / "scores.csv").write_text("mine")
+    claim_results(tmp_path, (TOPIC,), log="node.log", **chosen)
+    claim_results(tmp_path, (TOPIC,), **{**chosen, "scored": True}, overwrite=True)
+
+
+def test_a_disk_that_is_full_leaves_no_half_bag_and_no_half_video(bag, segmenter, tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+    try:
+        for part in ("bag", "video"):
+            chosen = {"bag": part == "bag", "video": part == "video"}
+            with pytest.raises((OutputError, RuntimeError), match=r"bag cannot be written, File too large|webm"):
+                replay(bag, Selection((TOPIC,)), segmenter, VOCABULARY, tmp_path / part, **chosen)
+            assert list((tmp_path / part).iterdir()) == []
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 # How it ends

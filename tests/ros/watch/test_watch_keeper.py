@@ -20,6 +20,16 @@ def test_pictures_are_kept_as_often_as_asked(tmp_path, monkeypatch):
     assert kept == ["0.jpg", "3.jpg", "6.jpg", "9.jpg"]
 
 
+def test_no_picture_is_replaced(tmp_path):
+    (tmp_path / "one.jpg").write_bytes(b"mine")
+    keeper = Keeper(tmp_path, every=0.0)
+    for content in (b"jpeg", b"more"):
+        keeper.keep(content, "one")
+    assert keeper.error == ""
+    kept = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert kept == {"one.jpg": b"mine", "one_2.jpg": b"jpeg", "one_3.jpg": b"more"}
+
+
 def test_a_full_disk_ends_the_keeping_and_is_told(tmp_path, monkeypatch):
     keeper = Keeper(tmp_path, every=0.0)
     monkeypatch.setattr(
