@@ -195,8 +195,13 @@ def ensure(out: Path, options: Options, *, progress: Progress = iter) -> bool:
     with (out.parent / f".{out.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         digest = generator_digest(options)
-        if out.exists() and _written_digest(out) == digest:
-            return False
+        if out.exists():
+            if _written_digest(out) == digest:
+                return False
+            if foreign := sorted({path.name for path in out.iterdir()} - {"metadata.yaml", f"{out.name}.mcap"}):
+                raise FileExistsError(
+                    f"{out} holds {foreign[0]} besides the old bag: move it away, or name another folder"
+                )
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
             # Under its own name: the files in a bag are called after its folder.
             made = Path(folder) / out.name

@@ -262,6 +262,15 @@ class TestEnsure:
             sample_bag.ensure(out, sample_bag.Options(seconds=0.2))
         assert (out / "thesis.tex").read_text() == "years of work"
 
+    def test_deletes_nothing_that_was_put_beside_an_old_bag(self, tmp_path):
+        out = tmp_path / "bag"
+        sample_bag.ensure(out, sample_bag.Options(seconds=0.2))
+        (out / "thesis.tex").write_text("years of work")
+        with pytest.raises(FileExistsError, match=r"holds thesis\.tex besides the old bag"):
+            sample_bag.ensure(out, sample_bag.Options(seconds=0.3))
+        assert not sample_bag.ensure(out, sample_bag.Options(seconds=0.2))
+        assert (out / "thesis.tex").read_text() == "years of work"
+
     def test_leaves_nothing_behind_where_it_fails(self, tmp_path, monkeypatch):
         monkeypatch.setattr(sample_bag, "expose", lambda *anything: 1 / 0)
         with pytest.raises(ZeroDivisionError):
