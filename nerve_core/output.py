@@ -160,7 +160,8 @@ def marked(picture: bytes) -> bytes:
     """A PNG or JPEG file's bytes with a mark that nerve made it, for `made_here`; those of another kind as they are."""
     mark = _MARK + b" " + _version().encode()
     if picture.startswith(b"\xff\xd8"):
-        return picture[:2] + b"\xff\xfe" + (len(mark) + 2).to_bytes(2, "big") + mark + picture[2:]
+        end = 4 + int.from_bytes(picture[4:6], "big") if picture[2:4] == b"\xff\xe0" else 2  # of SOI, and JFIF's header
+        return picture[:end] + b"\xff\xfe" + (len(mark) + 2).to_bytes(2, "big") + mark + picture[end:]
     if not picture.startswith(b"\x89PNG"):
         return picture
     chunk = b"tEXt" + mark
@@ -187,9 +188,9 @@ def named(path: Path, kept: str = "nothing of it is left") -> Iterator[None]:
         of = None if error.filename is None else os.fsdecode(error.filename)
         if of is not None and _PART not in of and not path.is_relative_to(of):
             raise  # of another file, that was to be read
-        full = error.errno in _FULL
+        full, place = error.errno in _FULL, Path(*(name for name in path.parts if not name.startswith(_PART)))
         hint = ": make room, or choose another folder" if full else ""
-        raise OutputError(f"{path} cannot be written, {error.strerror or error}{hint}; {kept}", full=full) from error
+        raise OutputError(f"{place} cannot be written, {error.strerror or error}{hint}; {kept}", full=full) from error
 
 
 class _Records:
