@@ -1,9 +1,9 @@
 """NERVE: segments images by names of objects, without training. Independent of ROS.
 
-from nerve_core import Segmenter, Vocabulary
+from nerve_core import Segmenter
 
 segmenter = Segmenter.from_pretrained("embedded")
-found = segmenter(image, Vocabulary(["ball", "ladder"]))
+found = segmenter(image, ["ball", "ladder"])
 """
 
 from importlib import import_module

@@ -35,6 +35,7 @@ from .readout import ClassConfidence, carry_labels, describe_classes, read_out
 from .settings import Settings
 from .text.cache import EmbeddingCache, cache_folder
 from .text.encoder import QueryEmbeddings, TextEncoder, exhaust, vocabulary_steps
+from .text.limits import Doubt
 from .text.templates import template_set
 from .text.vocabulary import UNLABELLED, Vocabulary
 from .walk.random_walk import Refinement, refine
@@ -115,10 +116,12 @@ class Segmenter:
         settings: Settings,
         device: torch.device,
         dtype: torch.dtype,
+        *,
+        pair: ModelPair | None = None,
     ) -> None:
-        """From loaded parts; usually called through `from_pretrained`."""
+        """From loaded parts; usually called through `from_pretrained`. pair: whose names it knows; None takes any."""
         self.pair_name, self.settings, self.device, self.dtype = pair_name, settings, device, dtype
-        self.frame_part, self.text = frame, text
+        self.frame_part, self.text, self._pair, self._limit = frame, text, pair, text.limit
         self._workspace = Workspace()
         self._vocabularies: OrderedDict[Vocabulary, QueryEmbeddings] = OrderedDict()
         self._previous: tuple[QueryEmbeddings, tuple[int, ...], Tensor] | None = None
@@ -197,7 +200,7 @@ class Segmenter:
         frame = FramePart(
             DenseClip(clip.model, chosen.clip), taps, where, edges=chosen.edges, overlap=overlap, compiled=compile
         )
-        return cls(found.name, frame, text, chosen, where, precision)
+        return cls(found.name, frame, text, chosen, where, precision, pair=found)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -215,12 +218,30 @@ class Segmenter:
             f"beta {s.fusion.beta:g}, {s.walk.method} with {s.walk.steps} steps"
         )
 
-    def embed(self, vocabulary: Vocabulary) -> QueryEmbeddings:
-        """The vocabulary's queries; computed once and kept for the last 32 vocabularies."""
-        return exhaust(self.embed_steps(vocabulary))
+    def doubts(self, vocabulary: Vocabulary) -> tuple[Doubt, ...]:
+        """What this pair cannot make of a vocabulary, the gravest first: names that it reads alike, that are longer
+        than its tokenizer takes, or that it does not know. May be called from any thread; runs no model."""
+        found = self._limit.doubts(vocabulary)
+        words = [word for group in vocabulary.synonyms for word in group]
+        if self._pair is not None and self._pair.unknown(words):
+            found = (*found, Doubt(self._pair.limits(words)))
+        return found
+
+    def embed(self, vocabulary: Vocabulary | Sequence[str] | str) -> QueryEmbeddings:
+        """The vocabulary's queries; computed once and kept for the last 32 vocabularies, its `doubts` logged then.
+
+        vocabulary: also a sequence of names, or one text as `Vocabulary.parse` reads it. Raises TypeError for anything
+        else.
+        """
+        wanted = Vocabulary.of(vocabulary)
+        if wanted not in self._vocabularies:
+            for doubt in self.doubts(wanted):
+                _log.log(logging.ERROR if doubt.grave else logging.WARNING, "%s", doubt.text)
+        return exhaust(self.embed_steps(wanted))
 
     def embed_steps(self, vocabulary: Vocabulary) -> Generator[None, None, QueryEmbeddings]:
-        """`embed` in short steps, between which images can be segmented; returns the queries. Raises OutOfMemory."""
+        """`embed` in short steps, between which images can be segmented, and nothing logged; returns the queries.
+        Raises OutOfMemory."""
         try:
             return (yield from self._embed_steps(vocabulary))
         except (RuntimeError, MemoryError) as error:
@@ -241,10 +262,16 @@ class Segmenter:
         self._vocabularies.move_to_end(vocabulary)
         return self._vocabularies[vocabulary]
 
-    def __call__(self, image: np.ndarray, vocabulary: Vocabulary | QueryEmbeddings) -> Segmentation:
-        """Segment one image: uint8 [H, W, 3], RGB, any size. `encode` and `segment` in one; raises what they raise."""
+    def __call__(
+        self, image: np.ndarray, vocabulary: Vocabulary | QueryEmbeddings | Sequence[str] | str
+    ) -> Segmentation:
+        """Segment one image: uint8 [H, W, 3], RGB, any size. `embed`, `encode` and `segment` in one; raises what they
+        raise.
+
+        vocabulary: what `embed` takes, or what it returned.
+        """
         check_image(image)
-        queries = self.embed(vocabulary) if isinstance(vocabulary, Vocabulary) else vocabulary
+        queries = vocabulary if isinstance(vocabulary, QueryEmbeddings) else self.embed(vocabulary)
         return self.segment(self.encode(image), queries) if queries.names else unlabelled(image.shape[:2])
 
     @_raises_out_of_memory
@@ -269,8 +296,13 @@ class Segmenter:
 
         maps: labels (1 to the number of names) whose probability is wanted at every pixel. follow: whether the walk of
         the next image may start from this one's P (setting previous_frame_start).
-        Raises OutOfMemory, and RuntimeError where the networks overflow in the chosen precision.
+        Raises OutOfMemory, TypeError for names that were not embedded, and RuntimeError where the networks overflow in
+        the chosen precision.
         """
+        if not isinstance(vocabulary, QueryEmbeddings):
+            raise TypeError(
+                f"segment takes what embed returns, not a {type(vocabulary).__name__}; embed the names first"
+            )
         if not vocabulary.names:
             return unlabelled(encoded.size)
         with on_device(self.device):
@@ -337,9 +369,9 @@ class Segmenter:
     def warm_up(self, image_size: tuple[int, int] = (480, 640)) -> None:
         """Segment a grey image of (rows, columns) until a real one is as fast as later ones: kernels are chosen, memory
         is allocated, and on CUDA the size has its graph."""
-        grey = np.full((*image_size, 3), 127, np.uint8)
+        grey, queries = np.full((*image_size, 3), 127, np.uint8), exhaust(self.embed_steps(Vocabulary(["object"])))
         for _ in range(GRAPH_AFTER + 1 if self.device.type == "cuda" else 1):
-            self(grey, Vocabulary(["object"]))
+            self(grey, queries)
         self._previous = None
 
     @property

@@ -73,8 +73,15 @@ def set_scores(
         scores=tuple(found),
         published=tuple(published),
         pictures=tuple(pictures),
-        notes=(*dataset.notes, *few, *_only_background(result), *lost),
+        notes=(*dataset.notes, *_unknown_names(result), *few, *_only_background(result), *lost),
     )
+
+
+def _unknown_names(result: SetResult) -> tuple[str, ...]:
+    """What has to be known of names that the pair was not trained on."""
+    pair, vocabulary = find_pair(result.task.model), result.task.dataset.vocabulary
+    words = [word for group in vocabulary.synonyms for word in group]
+    return (pair.limits(words),) if pair.unknown(words) else ()
 
 
 def _only_background(result: SetResult) -> tuple[str, ...]:

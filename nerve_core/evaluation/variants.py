@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import time
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from ..networks.frame import FramePart
 from ..readout import carry_labels, read_out
 from ..segmenter import Segmenter, check_image
 from ..settings import Settings
-from ..text.encoder import QueryEmbeddings
+from ..text.encoder import QueryEmbeddings, exhaust
 from ..text.vocabulary import Vocabulary
 from ..walk.affinity import KERNELS
 from ..walk.edges import pixel_transition
@@ -27,6 +28,8 @@ from ..walk.fusion import COLUMNS, fuse
 from ..walk.random_walk import walk_from
 from ..walk.workspace import Workspace
 from .refinements import REFINEMENTS, Refine, refinement
+
+_log = logging.getLogger(__name__)
 
 Value = TypeVar("Value")
 
@@ -133,6 +136,7 @@ class Variants:
         self._variants = sorted(variants, key=lambda variant: repr(_transition_of(wanted[variant.name])))
         self._workspace = Workspace()
         self._queries: dict[tuple[ClipConfig, Vocabulary], QueryEmbeddings] = {}
+        self._seen: set[Vocabulary] = set()
 
     @property
     def segmenters(self) -> Mapping[str, Segmenter]:
@@ -206,8 +210,12 @@ class Variants:
         return walk_from(S, G, s.walk).contiguous()
 
     def _embed(self, segmenter: Segmenter, vocabulary: Vocabulary) -> QueryEmbeddings:
+        if vocabulary not in self._seen:
+            self._seen.add(vocabulary)
+            for doubt in segmenter.doubts(vocabulary):
+                _log.warning("%s", doubt.text)
         if vocabulary.negatives is None:
-            return segmenter.embed(vocabulary)
+            return exhaust(segmenter.embed_steps(vocabulary))
         key = (segmenter.settings.clip, vocabulary)
         if key not in self._queries:
             self._queries[key] = _as_they_stand(segmenter, vocabulary)
@@ -223,7 +231,7 @@ def _as_they_stand(segmenter: Segmenter, vocabulary: Vocabulary) -> QueryEmbeddi
     """Every word a query, as protocols have it: no negative is left out for being near to a name, and no mean is added
     to them, as `text.encoder.vocabulary_steps` does for a robot."""
     named = [(word, label) for label, words in enumerate(vocabulary.synonyms, 1) for word in words]
-    words = [*named, *((word, 0) for word in vocabulary.negatives or ())]
+    words = [*named, *((word, 0) for word in (*(vocabulary.negatives or ()), *vocabulary.background))]
     embeddings = segmenter.text([word for word, _ in words])
     classes = torch.tensor([label for _, label in words], dtype=torch.int64, device=embeddings.device)
     return QueryEmbeddings(vocabulary, embeddings, classes)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import ModelError
+from ..text.vocabulary import SYNONYM_SEPARATOR, Vocabulary, listed
 
 _PAIRS = Path(__file__).with_name("pairs")
 _EMBEDDED = Path(__file__).parents[1] / "embedded" / "pair.json"
-_FULL_SIZE = "sd21-clipl14"  # whose settings a pair named as CLIP+DIFFUSION gets
+FULL_SIZE = "sd21-clipl14"
+"""The pair for photographs and any name, whose settings a pair named as CLIP+DIFFUSION gets."""
 CPU_PRECISIONS = ("fp32", "bf16")
 
 
@@ -43,7 +45,9 @@ class ModelPair:
     """A CLIP and a diffusion model that are used together, and the settings that suit them.
 
     settings: overrides by flat name, see `Settings.replaced`. cpu_precision: fp32 or bf16, what to take on a CPU that
-    has it. taesd: a tiny VAE encoder that may stand in for the diffusion model's own, or None.
+    has it. taesd: a tiny VAE encoder that may stand in for the diffusion model's own, or None. knows: the words that it
+    was trained on, as entries of a vocabulary ("mug|cup"); () where it takes any. trained_on: its images in words, ""
+    where they are photographs.
     """
 
     name: str
@@ -52,12 +56,36 @@ class ModelPair:
     settings: dict[str, Any] = field(default_factory=dict)
     cpu_precision: str = "fp32"
     taesd: Source | None = None
+    knows: tuple[str, ...] = ()
+    trained_on: str = ""
 
     @property
     def sources(self) -> dict[str, Source]:
         """The pair's models by part: clip, diffusion and, where there is one, taesd."""
         parts = {"clip": self.clip, "diffusion": self.diffusion, "taesd": self.taesd}
         return {part: source for part, source in parts.items() if source is not None}
+
+    def unknown(self, words: Iterable[str]) -> tuple[str, ...]:
+        """Those of `words` that are beyond what the pair knows, compared without case."""
+        known = {word.casefold() for entry in self.knows for word in entry.split(SYNONYM_SEPARATOR)}
+        return tuple(word for word in words if word.casefold() not in known) if known else ()
+
+    def limits(self, words: Iterable[str] = ()) -> str:
+        """A sentence on what the pair cannot do: `words` that it does not know, or else its kind of images; and which
+        pair can. Empty for a pair that takes any name and photographs."""
+        unknown = self.unknown(words)
+        if not unknown and not self.trained_on:
+            return ""
+        images = self.trained_on or "its own images"
+        said = f"the model pair {self.name!r} was trained on {images}"
+        if unknown:
+            names = ", ".join(entry.split(SYNONYM_SEPARATOR)[0] for entry in self.knows)
+            said = f"the model pair {self.name!r} does not know {listed(unknown, 5)}: it was trained on {images}"
+            said += f", with these names and their synonyms alone: {names}"
+        return (
+            f"{said}. For photographs and any name: nerve models pull {FULL_SIZE}, then --model {FULL_SIZE} (a node's "
+            f"parameter model)"
+        )
 
 
 def pair_names() -> tuple[str, ...]:
@@ -83,7 +111,7 @@ def find_pair(name: str) -> ModelPair:
     sides = name.split("+")
     if len(sides) == 2 and all(sides):
         clip, diffusion = (_side(side, name) for side in sides)
-        return replace(_read(_PAIRS / f"{_FULL_SIZE}.json"), name=name, clip=clip, diffusion=diffusion)
+        return replace(_read(_PAIRS / f"{FULL_SIZE}.json"), name=name, clip=clip, diffusion=diffusion)
     raise ModelError(
         f"model {name!r} is neither a known pair ({', '.join(pair_names())}) nor a folder with a pair.json "
         f"(looked for {path}) nor CLIP+DIFFUSION, each a folder or a hub id (owner/name)"
@@ -112,7 +140,7 @@ def _read(path: Path) -> ModelPair:
     """The pair that a JSON file describes. Raises ModelError."""
     try:
         content = json.loads(path.read_text())
-        known = {"name", "clip", "diffusion", "settings", "cpu_precision", "taesd"}
+        known = {"name", "clip", "diffusion", "settings", "cpu_precision", "taesd", "knows", "trained_on"}
         _only(content, known)
         pair = ModelPair(
             _text(content, "name", path.parent.name),
@@ -121,6 +149,8 @@ def _read(path: Path) -> ModelPair:
             dict(content.get("settings", {})),
             _text(content, "cpu_precision", "fp32"),
             None if content.get("taesd") is None else _source(content["taesd"], path.parent),
+            _known_words(content.get("knows", [])),
+            _text(content, "trained_on", ""),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(
@@ -145,6 +175,17 @@ def _source(content: Any, base: Path) -> Source:
     return Source(
         str(folder) if local else location, _text(content, "revision", None), _text(content, "licence", None), digests
     )
+
+
+def _known_words(content: Any) -> tuple[str, ...]:
+    """What a pair knows, as entries of a vocabulary. Raises ValueError, TypeError."""
+    if not isinstance(content, list):
+        raise TypeError(f'knows is {content!r}; it must be a list of names as in ["ball", "mug|cup"]')
+    vocabulary = Vocabulary(content)
+    if vocabulary.dropped or vocabulary.background:
+        wrong = (*vocabulary.dropped, *vocabulary.background)[0]
+        raise ValueError(f"knows has {wrong!r}, which stands there twice or is the name of the background")
+    return vocabulary.entries
 
 
 def _only(content: Any, known: set[str]) -> None:

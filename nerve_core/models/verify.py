@@ -21,6 +21,7 @@ from ..errors import ModelError
 from ..networks.diffusion import noise_levels
 from ..networks.parts import of_class, submodule
 from ..settings import Settings
+from ..text.vocabulary import SYNONYM_SEPARATOR, listed
 from .pairs import ModelPair, Source, find_pair
 from .weights import FILES, PICKLES, cached_folder, digest, in_words, weight_file
 
@@ -194,7 +195,13 @@ def _taesd(report: _Report, folder: Path, source: Source) -> None:
 
 
 def _settings(report: _Report, pair: ModelPair, unet: UNet2DConditionModel | None, folder: Path | None) -> None:
-    """Whether the pair's settings are known and fit its U-Net and noise schedule."""
+    """Whether the pair's settings are known and fit its U-Net and noise schedule; and the names that it is for."""
+    if pair.knows:
+        count = sum(len(entry.split(SYNONYM_SEPARATOR)) for entry in pair.knows)
+        names = listed([entry.split(SYNONYM_SEPARATOR)[0] for entry in pair.knows])
+        report.add("fact", "knows", f"{len(pair.knows)} names alone, {count} words with their synonyms: {names}")
+    if pair.limits():
+        report.add("note", "knows", pair.limits())
     with report.part("settings"):
         try:
             diffusion = Settings().replaced(pair.settings).diffusion

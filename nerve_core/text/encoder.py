@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer
 
 from .cache import EmbeddingCache, space_of
+from .limits import TokenLimit
 from .vocabulary import Vocabulary
 
 SAME_MEANING = 0.9
@@ -63,6 +64,7 @@ class TextEncoder:
         self._cache, self._space = cache, space_of("words", identity, *templates)
         self.size, positions = _sizes_of(clip.config)
         self._length = min(tokenizer.model_max_length, positions)
+        self.limit = TokenLimit(tokenizer.backend_tokenizer, templates, self._length)
         self._tokens_per_step = _TOKENS_PER_STEP[clip.device.type]
         self._known: OrderedDict[str, np.ndarray] = OrderedDict()  # last used last
 
@@ -175,7 +177,8 @@ def vocabulary_steps(
     """Names, synonyms and negatives as queries, a little at a time: yields where the caller may do something else, see
     `TextEncoder.steps`.
 
-    A negative that is one of the names' words, or whose cosine with one is above `SAME_MEANING`, is left out. With
+    The words of the background are negatives beside the others. A negative that is one of the names' words, or whose
+    cosine with one is above `SAME_MEANING`, is left out. With
     three or more names and `mean_negative`, the mean of their embeddings is one more negative.
     """
     words = [word for group in vocabulary.synonyms for word in group]
@@ -183,7 +186,7 @@ def vocabulary_steps(
     if not words:
         return QueryEmbeddings(vocabulary, torch.zeros(0, encoder.size), torch.zeros(0, dtype=torch.int64))
     asked = {word.casefold() for word in words}
-    wanted = vocabulary.negatives if vocabulary.negatives is not None else tuple(default_negatives)
+    wanted = [*(default_negatives if vocabulary.negatives is None else vocabulary.negatives), *vocabulary.background]
     negatives = list({word.casefold(): word for word in wanted if word.casefold() not in asked}.values())
     vectors = yield from encoder.steps([*words, *negatives])
     named, against = vectors[: len(words)], vectors[len(words) :]

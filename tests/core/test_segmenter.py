@@ -171,6 +171,35 @@ def test_one_name_is_enough(segmenter, scene, negatives):
         assert (found.confidence_u8 == 255).all()
 
 
+def test_names_may_be_given_as_a_list_or_a_text(segmenter, scene):
+    wanted = segmenter(scene.image, Vocabulary(["ball", "mug|cup"]))
+    for given in (["ball", "mug|cup"], ("ball", "mug|cup"), "ball, mug|cup", segmenter.embed(["ball", "mug|cup"])):
+        assert same(segmenter(scene.image, given), wanted)
+    assert segmenter(scene.image, []).names == ()
+
+
+@pytest.mark.parametrize("given", [3, None, {"ball"}, ["ball", 3], b"ball"], ids=repr)
+def test_what_is_no_vocabulary_is_a_type_error(segmenter, scene, given):
+    with pytest.raises(TypeError, match="a vocabulary must be a Vocabulary, a list of names or one text; got a"):
+        segmenter(scene.image, given)
+    with pytest.raises(TypeError, match="segment takes what embed returns"):
+        segmenter.segment(segmenter.encode(scene.image), ["ball"])
+
+
+def test_doubts_about_a_vocabulary_are_logged_once_the_gravest_as_an_error(segmenter, scene, caplog):
+    long = "the thing that stands on the left of the long brown table beside the window in the hall, which is "
+    vocabulary = Vocabulary([f"{long}red", f"{long}blue", "ball"])
+    for _ in range(2):
+        segmenter(scene.image, vocabulary)
+    assert [record.message for record in caplog.records] == [doubt.text for doubt in segmenter.doubts(vocabulary)]
+    assert [record.levelname for record in caplog.records] == ["ERROR", "WARNING", "WARNING", "WARNING"]
+    assert "does not know" in caplog.records[-1].message
+    caplog.clear()
+    segmenter.warm_up((60, 80))
+    segmenter(scene.image, ["ball", "Cardboard Box"])
+    assert not caplog.records
+
+
 def test_254_names_are_segmented_at_once(segmenter, scene):
     names = [*NAMES, *(f"thing {k}" for k in range(254 - len(NAMES)))]
     assert_sound(segmenter(scene.image, Vocabulary(names)), (120, 160), names)

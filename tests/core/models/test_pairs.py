@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from nerve_core import ModelError, Segmenter, Vocabulary
+from nerve_core.embedded.scenes import NAMES, STUFF, SYNONYMS
 from nerve_core.models.pairs import Source, find_pair, pair_names
 from nerve_core.settings import Settings
 from small_models import PAIR_SETTINGS, replace
@@ -191,6 +192,12 @@ def test_a_description_may_state_precision_taesd_licence_revision_and_digests(pa
         ({"clip": {"location": "clip", "revision": 1}}, "revision is 1; it must be text"),
         ({"clip": {"location": "clip", "sha256": {"model.safetensors": "abc"}}}, "64 hexadecimal digits"),
         ({"clip": {"location": "clip", "sha256": ["abc"]}}, "must be JSON with"),
+        ({"knows": "ball"}, "knows is 'ball'; it must be a list of names"),
+        ({"knows": ["ball", 3]}, "a name must be text; got 3"),
+        ({"knows": ["ball", "mug|"]}, "an empty name"),
+        ({"knows": ["ball", "mug|Ball"]}, "knows has 'Ball', which stands there twice"),
+        ({"knows": ["background"]}, "knows has 'background'"),
+        ({"trained_on": 3}, "trained_on is 3; it must be text"),
     ],
 )
 def test_an_entry_of_the_wrong_kind_is_refused(pair, change, said):
@@ -198,3 +205,23 @@ def test_an_entry_of_the_wrong_kind_is_refused(pair, change, said):
     with pytest.raises(ModelError, match=said) as error:
         find_pair(str(pair))
     assert str(pair / "pair.json") in str(error.value)
+
+
+def test_the_embedded_pair_knows_what_its_scenes_show():
+    pair = find_pair("embedded")
+    words = [*NAMES, *STUFF, *(word for group in SYNONYMS.values() for word in group)]
+    assert sorted(word for entry in pair.knows for word in entry.split("|")) == sorted(words)
+    assert tuple(entry.split("|")[0] for entry in pair.knows) == (*NAMES, *STUFF)
+    assert pair.unknown(["ball", "Beach Ball", "cat", "red ball"]) == ("cat", "red ball")
+
+
+def test_names_beyond_what_a_pair_knows_are_told_with_the_pair_that_takes_them():
+    said = find_pair("embedded").limits(["ball", "cat"])
+    assert "'embedded' does not know 'cat': it was trained on drawn scenes, no photographs" in said
+    assert "nerve models pull sd21-clipl14" in said
+    assert "--model sd21-clipl14" in said
+    known = find_pair("embedded").limits(["ball"])
+    assert "was trained on drawn scenes, no photographs. For photographs" in known
+    for name in pair_names()[1:]:
+        assert find_pair(name).limits(["cat"]) == ""
+        assert find_pair(name).unknown(["cat"]) == ()

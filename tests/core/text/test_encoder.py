@@ -35,6 +35,7 @@ class Counted:
     def __init__(self, tokenizer):
         self.tokenizer, self.texts = tokenizer, []
         self.model_max_length, self.eos_token_id = tokenizer.model_max_length, tokenizer.eos_token_id
+        self.backend_tokenizer = tokenizer.backend_tokenizer
 
     def __call__(self, texts, **options):
         self.texts += texts
@@ -349,6 +350,15 @@ def test_the_vocabularys_negatives_take_the_place_of_the_pairs():
     assert angles_of(embed(Vocabulary(["ball"], negatives=["sky"]), encoder, ["wall"])) == [0, 200]
     assert angles_of(embed(Vocabulary(["ball"], negatives=()), encoder, ["wall"])) == [0]
     assert angles_of(embed(Vocabulary(["ball"]), encoder, ["wall"])) == [0, 120]
+
+
+def test_the_words_of_the_background_are_negatives_beside_the_others():
+    encoder = Planned(ball=0, background=90, wall=120, sky=200, near=5)
+    given = Vocabulary(["background|near", "ball"], negatives=["sky"])
+    assert angles_of(embed(given, encoder, ["wall"])) == [0, 200, 90]  # near has the meaning of ball
+    found = embed(Vocabulary(["background|wall", "ball"]), encoder, ["wall"])
+    assert angles_of(found) == [0, 120, 90]
+    assert found.classes.tolist() == [1, 0, 0]
 
 
 def test_a_negative_that_was_asked_for_is_dropped_by_name_synonyms_and_case_too():

@@ -126,6 +126,58 @@ def test_synonyms_are_words_of_one_class_named_by_the_first():
     assert Vocabulary(["mug|cup", "Cup", "ball|MUG"]).synonyms == (("mug", "cup"), ("ball",))
 
 
+def test_an_entry_named_as_the_background_is_no_class_and_its_words_compete_for_label_0():
+    vocabulary = Vocabulary(["ball", "Background |wall", "cube", " BACKGROUND"])
+    assert vocabulary.names == ("ball", "cube")
+    assert vocabulary.background == ("Background", "wall")
+    assert vocabulary.dropped == ("BACKGROUND",)
+    assert vocabulary.entries == ("ball", "cube", "Background|wall")
+    assert Vocabulary(vocabulary.entries).background == vocabulary.background
+    assert "'Background' is the name of label 0" in vocabulary.remarks[1]
+    assert not Vocabulary(["background"]).names
+    assert not Vocabulary(["ball"]).background
+
+
+def test_the_background_is_whatever_it_is_called():
+    rest = Vocabulary(["background", "Rest"], background_name="rest")
+    assert (rest.names, rest.background) == (("background",), ("Rest",))
+    assert rest != Vocabulary(["background", "Rest"])
+    assert Vocabulary(["e\u0301"], background_name=" É").background == ("é",)
+
+
+@pytest.mark.parametrize("entry", ["wall|background", "wall| BACKGROUND |sky"])
+def test_the_backgrounds_name_as_a_synonym_of_a_class_is_refused(entry):
+    with pytest.raises(VocabularyError, match="is the name of label 0, the background, and cannot be a synonym"):
+        Vocabulary(["ball", entry])
+    assert Vocabulary([entry], background_name="rest").names == ("wall",)
+
+
+def test_of_takes_a_vocabulary_a_sequence_of_names_and_a_text():
+    made = Vocabulary(["ball", "mug|cup"])
+    assert Vocabulary.of(made) is made
+    for written in (["ball", "mug|cup"], ("ball", "mug|cup"), "ball, mug|cup", '["ball", "mug|cup"]'):
+        assert Vocabulary.of(written) == made
+
+
+@pytest.mark.parametrize(
+    ("given", "what"),
+    [
+        (3, "an int"),
+        (None, "a NoneType"),
+        ({"ball"}, "a set"),
+        ({"ball": 1}, "a dict"),
+        (b"ball", "a bytes"),
+        (iter(["ball"]), "a list_iterator"),
+        (["ball", 3], "a list with int in it"),
+        ((["ball"],), "a tuple with list in it"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_of_refuses_other_types_with_what_is_accepted(given, what):
+    with pytest.raises(TypeError, match=f"a list of names or one text; got {what}. Write"):
+        Vocabulary.of(given)
+
+
 @pytest.mark.parametrize(
     ("text", "names"),
     [
