@@ -30,6 +30,12 @@ Overwrite = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on the last line.")]
 
 
+NAMES_HELP = (
+    'What to look for: "ball, ladder"; synonyms as "mug|cup". Also a list as in JSON or YAML, or a file of names: '
+    "names.txt, @PATH."
+)
+
+
 def load(model: str, device: str, precision: str | None, preset: str, overrides: Iterable[str] | None) -> Segmenter:
     """A segmenter by the command line's options."""
     from ..models.loading import quiet_libraries

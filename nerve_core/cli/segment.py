@@ -18,9 +18,11 @@ from rich.progress import track
 from rich.table import Table
 
 from ..console import console, say
+from ..models.pairs import find_pair
 from ..output import OutputError, claim, made_here, marked, write
+from ..text.parsing import read_names
 from ..text.vocabulary import Vocabulary
-from .options import AsJson, Device, Model, Overwrite, Precision, Preset, Set, load, words
+from .options import NAMES_HELP, AsJson, Device, Model, Overwrite, Precision, Preset, Set, load
 
 if TYPE_CHECKING:
     from ..segmenter import Segmentation
@@ -31,7 +33,7 @@ _PARTS = ("mask.png", "overlay.png", "confidence.json")
 
 def segment(
     images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
-    names: Annotated[str, typer.Option(help='What to look for: "ball, ladder"; synonyms as "mug|cup".')],
+    names: Annotated[str, typer.Option(help=NAMES_HELP)],
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("nerve_out"),
     model: Model = "embedded",
     device: Device = "auto",
@@ -49,11 +51,13 @@ def segment(
     What cannot be read or written is left out and listed at the end; the exit code is 2 then, also where all the others
     are done. What nerve segment wrote itself is not segmented again.
     """
-    vocabulary = Vocabulary.parse(names, negatives=None if negatives is None else words(negatives))
+    from ..text.encoder import exhaust
+
+    vocabulary = Vocabulary(read_names(names), negatives=None if negatives is None else read_names(negatives))
+    for remark in vocabulary.remarks:
+        say(remark)
     if not vocabulary.names:
         raise ValueError('--names is empty; give what to look for, as in --names "ball, ladder"')
-    for word in vocabulary.dropped:
-        say(f"{word!r} is named twice; the first is kept")
     found_files, left_out = _image_files(images)
     own = dict.fromkeys(path for path in found_files if made_here(path))
     if own:
@@ -68,7 +72,13 @@ def segment(
         raise ValueError(f"there is no image to segment: {reasons or 'all that is here, nerve wrote itself'}")
     claim((_file(target, part) for target in targets.values() for part in _PARTS), overwrite)
     segmenter = load(model, device, precision, preset, set_)
-    segmenter.embed(vocabulary)
+    doubts = segmenter.doubts(vocabulary)
+    for doubt in doubts:
+        say(doubt.text, style="bold red" if doubt.grave else "yellow")
+    said = [doubt.text for doubt in doubts]
+    limits = find_pair(model).limits([word for group in vocabulary.synonyms for word in group])
+    more = [limits] if limits and limits not in said else []
+    queries = exhaust(segmenter.embed_steps(vocabulary))
     results: list[dict[str, Any]] = []
     full = ""
     for path in track(targets, "segmenting", console=console, disable=len(targets) < 2):
@@ -77,7 +87,7 @@ def segment(
             continue
         try:
             image = _read(path)
-            result = _write(image, segmenter(image, vocabulary), targets[path])
+            result = _write(image, segmenter(image, queries), targets[path])
         except (_Unreadable, OutputError) as error:
             left_out[path] = str(error) if isinstance(error, _Unreadable) else f"has no results: {error}"
             full = "comes after the disk was full" if isinstance(error, OutputError) and error.full else ""
@@ -86,12 +96,14 @@ def segment(
     if as_json:
         unread = [{"image": str(path), "reason": reason} for path, reason in left_out.items()]
         described = {"unread": unread, "own": [str(path) for path in own], "model": segmenter.description}
-        print(json.dumps({"images": results, **described}))
+        print(json.dumps({"images": results, **described, "notes": [*vocabulary.remarks, *said, *more]}))
     else:
         for result in results:
             say(f"{result['image']}  ({result['timings']['total']:.0f} ms)")
             console.print(_found_table(result))
         say(f"masks, overlays and confidence of {len(results)} images are in {out}")
+        for sentence in more:
+            say(sentence)
     for path, reason in left_out.items():
         say(f"left out: {path} {reason}")
     if left_out:

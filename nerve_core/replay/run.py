@@ -121,7 +121,7 @@ def replay(
     be written.
     """
     if not vocabulary.names:
-        raise ValueError("there is no name to look for")
+        raise ValueError("there is no name to look for" + "".join(f": {remark}" for remark in vocabulary.remarks))
     if len(selection.topics) > 1 and segmenter.settings.walk.previous_frame_start:
         raise ValueError("previous_frame_start takes one camera at a time: each image would start from another's")
     if labels_topic is not None and len(selection.topics) > 1:
@@ -233,9 +233,14 @@ def replay(
         source=str(path),
         bag=BAG if bag else "",
         cameras=tuple(reported),
-        notes=(*notes, *_encodings_note(selection, measures), *_notes(interrupted, total, vocabulary)),
+        notes=(
+            *notes,
+            *_encodings_note(selection, measures),
+            *_notes(interrupted, total, vocabulary),
+            *(doubt.text for doubt in segmenter.doubts(vocabulary)),
+        ),
         extra={
-            "Asked for": ["|".join(words) for words in vocabulary.synonyms],
+            "Asked for": list(vocabulary.entries),
             "Where the time went": {
                 "seconds in all": round(wall, 2),
                 "seconds of segmenting": round(inference, 2),
@@ -281,8 +286,7 @@ def _notes(interrupted: bool, total: int, vocabulary: Vocabulary) -> tuple[str, 
     notes = (
         [f"interrupted after {total} images: what follows in the recording was not looked at"] if interrupted else []
     )
-    notes += [f"{word!r} is named twice; the first is kept" for word in vocabulary.dropped]
-    return tuple(notes)
+    return (*notes, *vocabulary.remarks)
 
 
 def _encodings_note(selection: Selection, measures: list[Measures]) -> tuple[str, ...]:

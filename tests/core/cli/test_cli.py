@@ -73,9 +73,35 @@ def test_an_unreadable_image_is_named_and_the_others_are_done(nerve, folder, tmp
     assert len(json.loads(out.splitlines()[-1])["images"]) == 2
 
 
+def test_a_name_that_the_pair_does_not_know_is_told_with_what_to_do(nerve, folder, tmp_path):
+    arguments = ("segment", folder, "--out", tmp_path / "out", "--json", "--names")
+    _, out, err = nerve(*arguments, "cat, ball")
+    (note,) = json.loads(out.splitlines()[-1])["notes"]
+    assert "'embedded' does not know 'cat': it was trained on drawn scenes, no photographs" in note
+    assert "nerve models pull sd21-clipl14, then --model sd21-clipl14" in note
+    assert err.count(note) == 1  # once for all images, on one line
+    _, out, err = nerve(*arguments, "ball")
+    assert "was trained on drawn scenes, no photographs. For photographs" in err
+    assert json.loads(out.splitlines()[-1])["notes"][0] in err
+
+
+def test_names_may_be_a_list_or_a_file_and_the_background_is_label_0(nerve, folder, tmp_path):
+    (tmp_path / "names.txt").write_text("# mine\n- ball\n- Background|wall\n- cube|box\n")
+    for names in (tmp_path / "names.txt", f"@{tmp_path}/names.txt", "['ball', 'background|wall', 'cube']"):
+        _, out, err = nerve("segment", folder, "--names", names, "--out", tmp_path / "out", "--json")
+        result = json.loads(out.splitlines()[-1])
+        assert [entry["name"] for entry in result["images"][0]["classes"]] == ["ball", "cube"]
+        assert "is the name of label 0" in result["notes"][0]
+        assert result["notes"][0] in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (("segment", "{folder}", "--names", "background"), "--names is empty"),
+        (("segment", "{folder}", "--names", '["ball", "cube"'), "bracket without its partner"),
+        (("segment", "{folder}", "--names", "none.txt"), "there is no such file"),
+        (("segment", "{folder}", "--names", "ball", "--negatives", '["wall"'), "bracket without its partner"),
         (("segment", "nowhere.png", "--names", "ball"), "nowhere.png is neither a file nor a folder"),
         (("segment", "{folder}", "--names", " , "), "--names is empty"),
         (("segment", "{folder}", "--names", "ball", "--model", "nothing"), "neither a known pair"),
