@@ -8,7 +8,6 @@ started again.
 """
 
 import os
-import re
 from pathlib import Path
 
 from ament_index_python.packages import PackageNotFoundError, get_package_prefix, get_package_share_directory
@@ -20,6 +19,8 @@ from launch.substitutions import LaunchConfiguration, PathJoinSubstitution
 from launch_ros.actions import Node
 from launch_ros.substitutions import FindPackageShare
 from launch_ros.utilities import prefix_namespace
+
+from nerve_core.text.parsing import split_names
 
 SHARE = FindPackageShare("nerve_ros")
 
@@ -49,7 +50,7 @@ ARGUMENTS = [
     DeclareLaunchArgument(
         "vocabulary",
         default_value="",
-        description="Names to segment by, with commas; synonyms behind bars: 'ball, mug|cup, ladder'.",
+        description="Names to segment by, with commas or as a list; synonyms behind bars: 'ball, mug|cup, ladder'.",
     ),
     DeclareLaunchArgument("device", default_value="", description="auto, cpu, cuda or cuda:N."),
     DeclareLaunchArgument(
@@ -120,7 +121,7 @@ def start(context: LaunchContext) -> list:
     for name in ("offline", "use_sim_time", "autostart", "enabled"):
         if value[name]:
             overrides[name] = boolean(name, value[name])
-    names = [name.strip() for name in re.split(r"[,\n]", value["vocabulary"]) if name.strip()]
+    names = split_names(value["vocabulary"])
     if names:
         overrides["vocabulary"] = names
 

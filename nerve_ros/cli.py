@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from nerve_core.cli.app import app, main
-from nerve_core.cli.options import AsJson, Device, Model, Overwrite, Precision, Preset, Set, load
+from nerve_core.cli.options import NAMES_HELP, AsJson, Device, Model, Overwrite, Precision, Preset, Set, load
 from nerve_core.console import console, say, tell
 from nerve_core.output import claim
 from nerve_ros import signals
@@ -76,7 +76,7 @@ def replay(
         list[str] | None,
         typer.Option(help="Topic of images; several times for several cameras. Not needed where there is only one."),
     ] = None,
-    names: Annotated[str, typer.Option(help='What to look for: "ball, ladder"; synonyms as "mug|cup".')] = "",
+    names: Annotated[str, typer.Option(help=NAMES_HELP)] = "",
     vocabulary_topic: Annotated[
         str | None, typer.Option(help="Take the names from this topic of the bag: Vocabulary, String or LabelInfo.")
     ] = None,
@@ -127,6 +127,7 @@ def replay(
     from nerve_core.replay.run import claim_results, with_live
     from nerve_core.replay.run import replay as run
     from nerve_core.report import write_report
+    from nerve_core.text.parsing import read_names
     from nerve_core.text.vocabulary import Vocabulary
 
     if bool(names.strip()) == (vocabulary_topic is not None):
@@ -134,7 +135,10 @@ def replay(
     with Bag(bag) as opened:
         topics = choose_topics(opened, image_topic or [], labels_topic)
         selection = Selection(topics, start=start, duration=duration, every=every, limit=limit)
-        vocabulary = Vocabulary.parse(names) if vocabulary_topic is None else read_vocabulary(opened, vocabulary_topic)
+        if vocabulary_topic is None:
+            vocabulary = Vocabulary(read_names(names))
+        else:
+            vocabulary = read_vocabulary(opened, vocabulary_topic)
         total, images = selection.count(opened), opened.images()
     claim_results(
         out,

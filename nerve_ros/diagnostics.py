@@ -12,10 +12,11 @@ from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 from rclpy.node import Node
 from std_msgs.msg import Header
 
+from nerve_core.text.vocabulary import listed
 from nerve_ros.graph import Namesakes
 from nerve_ros.health import Health
 from nerve_ros.image_input import ImageInput
-from nerve_ros.parameters import NodeConfig, listed
+from nerve_ros.parameters import NodeConfig
 from nerve_ros.pipeline import Pipeline
 from nerve_ros.questions import Questions
 from nerve_ros.watchdog import Watchdog
@@ -72,6 +73,7 @@ class Diagnostics:
             "memory_mb": f"{resident_bytes() / 1e6:.0f}",
             "device_memory_mb": "" if memory is None else f"{memory / 1e6:.0f}",
             "vocabulary": listed([name for name in config.vocabulary if name]),
+            "vocabulary_doubts": self._pipeline.doubts,
         }
         self._publisher.publish(
             diagnostics(
@@ -98,6 +100,7 @@ class Diagnostics:
         warning = (
             self._namesakes.warning() or self._images.silence() or self._images.wrong_side() or self._phase.fallen_back
         )
+        warning = warning or self._pipeline.doubts
         if warning:
             return DiagnosticStatus.WARN, warning
         if not self._config().enabled:

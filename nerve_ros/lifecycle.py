@@ -122,6 +122,7 @@ class NerveNode(LifecycleNode):
             ask=self._worker.ask,
             state=lambda: self.phase.state,
             obstacle=lambda: self._watchdog.stuck or f"no image came on {self._images.topic}",
+            background_name=lambda: self._config.background_name,
         )
         self._vocabularies = VocabularyInput(
             log=self.get_logger(),
@@ -130,6 +131,7 @@ class NerveNode(LifecycleNode):
             set_parameters=self.set_parameters_atomically,
             request=self._worker.request,
             serving=lambda: self._worker.snapshot,
+            doubts=self._pipeline.doubts_about,
             failed=self._failed,
             on_executor=self._on_executor,
         )

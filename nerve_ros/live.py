@@ -36,7 +36,7 @@ from nerve_ros.demo.player import CAMERA, Player, PlayerError
 from nerve_ros.demo.processes import Child, environment, node_command, own_domain
 from nerve_ros.demo.schedule import Asking
 from nerve_ros.images import rgb8_message
-from nerve_ros.parameters import FIELDS, NodeConfig, entries, from_ros
+from nerve_ros.parameters import FIELDS, NodeConfig, from_ros
 
 if TYPE_CHECKING:
     from nerve_core.segmenter import Segmentation, Segmenter
@@ -93,8 +93,9 @@ class Played:
     memory_mb: float | None = None
 
     def vocabulary(self, asked: Vocabulary) -> Vocabulary:
-        """`asked`, with the negatives that the node goes by."""
-        return Vocabulary(entries(asked), negatives=self.config.make_vocabulary().negatives)
+        """`asked`, with the negatives and the background's name that the node goes by."""
+        negatives = self.config.make_vocabulary().negatives
+        return Vocabulary(asked.entries, negatives=negatives, background_name=self.config.background_name)
 
     def load(self) -> Segmenter:
         """A segmenter by the node's own parameters, with as many threads as the node has."""
@@ -156,7 +157,7 @@ def play(
             stack.callback(player.close)
             played = Played(selection.topics[0], rig.rate, player.parameters())
             player.offer(played.config.image_transport)
-            asking = Asking(0.0, tuple(entries(vocabulary)))
+            asking = Asking(0.0, vocabulary.entries)
             say("asking for the names")
             player.ask(asking)
             try:

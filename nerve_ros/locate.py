@@ -91,7 +91,9 @@ def _ask(node: Node, service: str, name: str, wait: float, mask: Path | None) ->
 def as_text(answer: dict[str, Any]) -> str:
     """`answer` of :func:`ask` in a few lines."""
     if not answer["found"]:
-        return f"{answer['name']}: not in the newest image (confidence {answer['confidence']:.2f})"
+        why = answer["message"].partition("; ")[2]  # behind "not found in this image"
+        text = f"{answer['name']}: not in the newest image (confidence {answer['confidence']:.2f})"
+        return f"{text}\n  {why}" if why else text
     left, top, width, height = answer["box"]
     x, y = answer["centroid"]
     lines = [

@@ -12,7 +12,7 @@ import difflib
 import math
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor
@@ -91,7 +91,12 @@ class NodeConfig:
         "Follows the last set that was accepted, also from the topics vocabulary and vocabulary_text.",
         when=ALWAYS,
     )
-    background_name: str = _parameter("background", "The name of label 0 in segmentation/label_info.", when=ALWAYS)
+    background_name: str = _parameter(
+        "background",
+        "The name of label 0 in segmentation/label_info. An entry of this name in the vocabulary is no class: its "
+        "words compete for pixels, which are 0.",
+        when=ALWAYS,
+    )
     negatives: tuple[str, ...] = _parameter(
         PAIR_NEGATIVES,
         "Names that compete for pixels but are given as background: ['default'] is the model pair's own list of "
@@ -335,7 +340,7 @@ class NodeConfig:
         Raises nerve_core.VocabularyError (a ValueError) with the reason where they describe none.
         """
         negatives = None if self.negatives == PAIR_NEGATIVES else _names(self.negatives)
-        return Vocabulary(_names(self.vocabulary), negatives=negatives)
+        return Vocabulary(_names(self.vocabulary), negatives=negatives, background_name=self.background_name)
 
     def dense_names(self) -> frozenset[str]:
         """The names of ``confidence_classes`` as they are compared: in NFC and without case."""
@@ -371,17 +376,6 @@ VOCABULARY_FIELDS = ("vocabulary", "negatives", "background_name")
 def vocabulary_differs(one: NodeConfig, other: NodeConfig) -> bool:
     """Whether these ask for different vocabularies."""
     return any(getattr(one, name) != getattr(other, name) for name in VOCABULARY_FIELDS)
-
-
-def entries(vocabulary: Vocabulary) -> list[str]:
-    """The names with their synonyms, as a message or the parameter holds them."""
-    return ["|".join(names) for names in vocabulary.synonyms]
-
-
-def listed(names: Sequence[str], most: int = 20) -> str:
-    """Names as a log line shows them: in quotes, no more than `most`, and the number of the others."""
-    rest = f", and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(repr(name) for name in names[:most]) + rest
 
 
 def _names(values: tuple[str, ...]) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """Segments images and publishes the masks, and answers questions, all on the worker's thread.
 
-What the executor's thread reads of it (stage, operator, segmenter) is replaced, never changed. An image is segmented
-with one snapshot of vocabulary and labels from start to end, whatever is asked for meanwhile.
+What the executor's thread reads of it (stage, operator, doubts, segmenter) is replaced, never changed. An image is
+segmented with one snapshot of vocabulary and labels from start to end, whatever is asked for meanwhile.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
@@ -23,6 +23,7 @@ from nerve_ros.depth import Match
 from nerve_ros.health import Health
 from nerve_ros.images import ImageError, ValueRange, to_rgb
 from nerve_ros.labels import Labels
+from nerve_ros.log_burst import LogBurst
 from nerve_ros.outputs import Outputs
 from nerve_ros.parameters import NodeConfig
 from nerve_ros.services import located, not_located, settle
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
 
 THROTTLE = 5.0
 """Seconds between two log lines about images that cannot be used."""
+
+DOUBTS_LOGGED = 20
+"""Vocabularies whose doubts are logged within THROTTLE seconds, at most."""
 
 OUT_OF_MEMORY_LIMIT = 3
 """Images in a row that found no memory, after which the parameter on_out_of_memory says what to do."""
@@ -62,11 +66,12 @@ class Request:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Everything an image needs of one vocabulary."""
+    """Everything an image needs of one vocabulary. doubts: what the model cannot make of it, "" for nothing."""
 
     request: Request
     embeddings: QueryEmbeddings
     id_table: np.ndarray
+    doubts: str = ""
 
 
 @dataclass(frozen=True)
@@ -120,7 +125,8 @@ class Pipeline:
         self._too_often_out_of_memory = too_often_out_of_memory
         self._model: Model | None = None
         self.outputs: Outputs | None = None
-        self.stage = self.operator = ""
+        self.stage = self.operator = self.doubts = ""
+        self._doubts_logged = LogBurst(DOUBTS_LOGGED, THROTTLE)
         self._applied: NodeConfig | None = None
         self._seen: Seen | None = None
         self._unseen = ""
@@ -179,6 +185,7 @@ class Pipeline:
         if self._model is not None:
             self._model.segmenter.close()
         self._model = self._applied = None
+        self.doubts = ""
         self._value_range = ValueRange()
 
     def forget(self, reason: str) -> None:
@@ -189,8 +196,20 @@ class Pipeline:
 
     def prepare(self, request: Request) -> Generator[None, None, Snapshot]:
         """The snapshot of `request`, in steps between which images can be worked on."""
-        embeddings = yield from self._loaded.segmenter.embed_steps(request.vocabulary)
-        return Snapshot(request, embeddings, request.labels.id_table())
+        segmenter = self._loaded.segmenter
+        embeddings = yield from segmenter.embed_steps(request.vocabulary)
+        doubts = segmenter.doubts(request.vocabulary)
+        for doubt in doubts if self._doubts_logged.allows() else ():
+            if doubt.grave:
+                self._log.error(doubt.text)
+            else:
+                self._log.warning(doubt.text)
+        return Snapshot(request, embeddings, request.labels.id_table(), "; ".join(doubt.text for doubt in doubts))
+
+    def doubts_about(self, vocabulary: Vocabulary) -> tuple[str, ...]:
+        """What the model pair that is loaded cannot make of a vocabulary, in sentences. Called on any thread."""
+        segmenter = self.segmenter
+        return () if segmenter is None else tuple(doubt.text for doubt in segmenter.doubts(vocabulary))
 
     def publish_labels(self, snapshot: Snapshot | None) -> None:
         """Publish the LabelInfo of `snapshot` if it differs from the last, and create the topics that it needs."""
@@ -198,6 +217,7 @@ class Pipeline:
             return
         # It goes out before any image does: where it fails, the next image tries it again.
         self._labels_pending = True
+        self.doubts = snapshot.doubts
         config = self._config()
         self._apply(config)
         request = snapshot.request
@@ -348,13 +368,17 @@ class Pipeline:
             segmentation = self._segment(seen) if seen.segmentation is None else seen.segmentation
         else:
             # The names of the vocabulary compete with it for the pixels, as if it were one of them.
+            from nerve_core.text.encoder import exhaust
+
             competing, label = extended(serving, wanted)
             encoded = self._encode(seen)
-            embeddings = self._loaded.segmenter.embed(competing)
+            embeddings = exhaust(self._loaded.segmenter.embed_steps(competing))
             segmentation = self._loaded.segmenter.segment(encoded, embeddings, follow=False)
         mask = np.asarray(cv2.compare(segmentation.labels, np.array([label], np.uint8), cv2.CMP_EQ))
         found, header = segmentation.class_confidence[label - 1], seen.frame.message.header
-        return located(header, found, mask, seen.frame.match, want_mask=want_mask)
+        response = located(header, found, mask, seen.frame.match, want_mask=want_mask)
+        response.message = "; ".join([*filter(None, [response.message]), *self.doubts_about(wanted)])
+        return response
 
 
 def label_of(wanted: Vocabulary, serving: Vocabulary) -> int | None:
@@ -369,11 +393,13 @@ def label_of(wanted: Vocabulary, serving: Vocabulary) -> int | None:
 def extended(serving: Vocabulary, wanted: Vocabulary) -> tuple[Vocabulary, int]:
     """`serving` with the single name of `wanted`, which is none of its words, as one class more; and its label.
 
-    Only that class where `serving` is full.
+    Only that class where `serving` is full, or has the name as a word of its background.
     """
-    name, others = "|".join(wanted.synonyms[0]), ["|".join(words) for words in serving.synonyms]
+    given: dict[str, Any] = {"negatives": serving.negatives, "background_name": wanted.background_name}
     try:
-        made = Vocabulary([*others, name], negatives=serving.negatives)
+        made = Vocabulary([*serving.entries, *wanted.entries], **given)
     except ValueError:
-        made = Vocabulary([name], negatives=serving.negatives)
+        made = serving
+    if len(made) <= len(serving):
+        made = Vocabulary(wanted.entries, **given)
     return made, len(made)

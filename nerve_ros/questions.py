@@ -17,13 +17,18 @@ class Questions:
     """The questions that wait for their answer. Everything here is called on the executor's thread.
 
     ask: hands a question to the worker; returns False where too many wait there. state(): of the life cycle.
-    obstacle(): why nothing was searched so far.
+    obstacle(): why nothing was searched so far. background_name(): what label 0 is called.
     """
 
     def __init__(
-        self, *, ask: Callable[[Question], bool], state: Callable[[], str], obstacle: Callable[[], str]
+        self,
+        *,
+        ask: Callable[[Question], bool],
+        state: Callable[[], str],
+        obstacle: Callable[[], str],
+        background_name: Callable[[], str],
     ) -> None:
-        self._ask, self._state, self._obstacle = ask, state, obstacle
+        self._ask, self._state, self._obstacle, self._background_name = ask, state, obstacle, background_name
         self._questions: list[Question] = []
 
     @property
@@ -36,7 +41,9 @@ class Questions:
         answer: Future[Locate.Response] = Future()
         refused = ""
         try:
-            vocabulary = Vocabulary([request.name])
+            vocabulary = Vocabulary([request.name], background_name=self._background_name())
+            if vocabulary.background:
+                refused = f"{vocabulary.background[0]!r} is the name of label 0: it is where segmentation/mask is 0"
         except ValueError as error:
             refused = str(error)
         if self._state() != "active":

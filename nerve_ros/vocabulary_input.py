@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from rcl_interfaces.msg import SetParametersResult
 from rclpy.impl.rcutils_logger import RcutilsLogger
@@ -12,11 +10,14 @@ from rclpy.parameter import Parameter
 from std_msgs.msg import String
 
 from nerve_core import Vocabulary
+from nerve_core.text.parsing import split_names
+from nerve_core.text.vocabulary import listed
 from nerve_ros import parameters
 from nerve_ros.health import Health
 from nerve_ros.labels import LabelRegistry
+from nerve_ros.log_burst import LogBurst
 from nerve_ros.msg import Vocabulary as VocabularyMessage
-from nerve_ros.parameters import NodeConfig, entries, listed, vocabulary_differs
+from nerve_ros.parameters import NodeConfig, vocabulary_differs
 from nerve_ros.pipeline import THROTTLE, Request, Snapshot
 from nerve_ros.srv import SetVocabulary
 
@@ -27,27 +28,13 @@ REJECTIONS_LOGGED = 20
 """Rejected vocabularies that are logged within THROTTLE seconds, each with its reason; the others are counted."""
 
 
-class LogBurst:
-    """At most `most` lines of a kind within THROTTLE seconds: rclpy's own throttle would let through only the first."""
-
-    def __init__(self, most: int) -> None:
-        self._times: deque[float] = deque(maxlen=most)
-
-    def allows(self) -> bool:
-        """Whether one more may be logged now; it then counts as logged."""
-        now = time.monotonic()
-        if len(self._times) == self._times.maxlen and now - self._times[0] <= THROTTLE:
-            return False
-        self._times.append(now)
-        return True
-
-
 class VocabularyInput:
     """Whatever way a vocabulary comes, it ends in the parameter ``vocabulary``, and there in `check` and `ask_for`.
 
     config(): the parameters now. set_parameters: sets them, and says whether it did. request: has the worker prepare a
     vocabulary; returns the one that this replaces before its preparation began. serving(): what images are segmented
-    by now. failed(error): counts and logs an error. on_executor: has a function run on the executor's thread.
+    by now. doubts(vocabulary): sentences on what the loaded model pair cannot make of it. failed(error): counts and
+    logs an error. on_executor: has a function run on the executor's thread.
     `abandon` is called on the worker's thread, everything else on the executor's.
     """
 
@@ -60,35 +47,39 @@ class VocabularyInput:
         set_parameters: Callable[[list[Parameter]], SetParametersResult],
         request: Callable[[Request], Request | None],
         serving: Callable[[], Snapshot | None],
+        doubts: Callable[[Vocabulary], Sequence[str]],
         failed: Callable[[Exception], None],
         on_executor: Callable[[Callable[[], None]], None],
     ) -> None:
         self._log, self._health, self._config = log, health, config
         self._set_parameters, self._request, self._serving = set_parameters, request, serving
-        self._failed, self._on_executor = failed, on_executor
+        self._doubts, self._failed, self._on_executor = doubts, failed, on_executor
         self._registry = LabelRegistry()
-        self._acceptances, self._rejections = LogBurst(VOCABULARIES_LOGGED), LogBurst(REJECTIONS_LOGGED)
+        self._acceptances = LogBurst(VOCABULARIES_LOGGED, THROTTLE)
+        self._rejections = LogBurst(REJECTIONS_LOGGED, THROTTLE)
 
     def on_vocabulary(self, message: VocabularyMessage) -> None:
         """Take the topic `vocabulary`."""
-        self._set_vocabulary(lambda: Vocabulary(message.names), "topic vocabulary")
+        self._set_vocabulary(lambda: self._read(message.names), "topic vocabulary")
 
     def on_vocabulary_text(self, message: String) -> None:
         """Take the topic `vocabulary_text`."""
-        self._set_vocabulary(lambda: Vocabulary.parse(message.data), "topic vocabulary_text")
+        self._set_vocabulary(lambda: self._read(split_names(message.data)), "topic vocabulary_text")
 
     def on_set_vocabulary(
         self, request: SetVocabulary.Request, response: SetVocabulary.Response
     ) -> SetVocabulary.Response:
         """Answer the service `~/set_vocabulary`."""
-        reason = self._set_vocabulary(lambda: Vocabulary(request.names), "service set_vocabulary")
+        reason = self._set_vocabulary(lambda: self._read(request.names), "service set_vocabulary")
         response.accepted, response.message = not reason, reason
         if not reason:
             vocabulary = self._config().make_vocabulary()
             response.ids = self._registry.ids(vocabulary.names)
-            dropped = Vocabulary(request.names).dropped
-            response.message = f"named more than once, the first counts: {listed(dropped)}" if dropped else ""
+            response.message = "; ".join([*self._read(request.names).remarks, *self._doubts(vocabulary)])
         return response
+
+    def _read(self, names: Sequence[str]) -> Vocabulary:
+        return Vocabulary(names, background_name=self._config().background_name)
 
     def _set_vocabulary(self, read: Callable[[], Vocabulary], source: str) -> str:
         """Have the vocabulary that `read` gives, or say why not; the empty string where it was taken."""
@@ -97,16 +88,21 @@ class VocabularyInput:
         except ValueError as error:
             self._health.vocabulary(accepted=False)
             return self._vocabulary_rejected(source, str(error))
-        self._warn_of_duplicates(vocabulary)
-        names = Parameter("vocabulary", Parameter.Type.STRING_ARRAY, entries(vocabulary))
+        if vocabulary.dropped:  # the parameter will not hold them
+            self._warn(vocabulary.remarks[:1])
+        names = Parameter("vocabulary", Parameter.Type.STRING_ARRAY, list(vocabulary.entries))
         result = self._set_parameters([names])
         return "" if result.successful else self._vocabulary_rejected(source, result.reason)
 
     def check(self, config: NodeConfig) -> None:
         """Raise ValueError where `config`, which is asked for, has a vocabulary that cannot be used."""
-        if vocabulary_differs(config, self._config()):
+        before = self._config()
+        if vocabulary_differs(config, before):
             try:
-                self._registry.check(config.make_vocabulary().names, config.id_reuse_delay)
+                vocabulary = config.make_vocabulary()
+                if config.vocabulary == before.vocabulary:
+                    _check_background(vocabulary, before.make_vocabulary())
+                self._registry.check(vocabulary.names, config.id_reuse_delay)
             except ValueError:
                 self._health.vocabulary(accepted=False)
                 raise
@@ -127,7 +123,7 @@ class VocabularyInput:
         if not self._acceptances.allows():
             return
         log = self._log
-        self._warn_of_duplicates(vocabulary)
+        self._warn(vocabulary.remarks)
         if vocabulary.names:
             log.info(f"vocabulary of {len(vocabulary.names)}: {listed(vocabulary.names)}")
         else:
@@ -136,11 +132,9 @@ class VocabularyInput:
                 "ros2 topic pub --once /vocabulary_text std_msgs/msg/String \"data: 'chair, table'\""
             )
 
-    def _warn_of_duplicates(self, vocabulary: Vocabulary) -> None:
-        if vocabulary.dropped:
-            self._log.warning(
-                f"the vocabulary names these more than once; the first counts: {listed(vocabulary.dropped)}"
-            )
+    def _warn(self, remarks: Sequence[str]) -> None:
+        for remark in remarks:
+            self._log.warning(f"in the vocabulary: {remark}")
 
     def abandon(self, request: Request, error: Exception | None) -> None:
         """Give back the ids of a request that was replaced (`error` is None) or could not be prepared."""
@@ -160,4 +154,14 @@ class VocabularyInput:
         serving = snapshot.request.config
         self._set_parameters(
             [parameters.to_parameter(name, getattr(serving, name)) for name in parameters.VOCABULARY_FIELDS]
+        )
+
+
+def _check_background(vocabulary: Vocabulary, before: Vocabulary) -> None:
+    """Raise ValueError where a change of background_name alone would take a class from the vocabulary `before`."""
+    taken = [name for name in before.names if name not in vocabulary.names]
+    if taken and vocabulary.background:
+        raise ValueError(
+            f"background_name {vocabulary.background_name!r} is a name of the vocabulary, and no two labels may have "
+            "one name; choose another, or take it from the vocabulary first"
         )

@@ -6,6 +6,8 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from nerve_core.text.parsing import split_names
+
 FEW_NAMES = ("ball", "mug")
 """What the demonstration asks for first, and again at the end."""
 
@@ -33,7 +35,7 @@ def schedule_of(texts: Sequence[str], seconds: float) -> tuple[Asking, ...]:
     """Each text (names with commas) for an equal part of the time. Raises ValueError for a text without a name."""
     asked = []
     for number, text in enumerate(texts):
-        entries = tuple(entry.strip() for entry in text.split(",") if entry.strip())
+        entries = tuple(split_names(text))
         if not entries:
             raise ValueError(f"there is no name in '{text}'; accepted: names with commas, 'ball, mug|cup'")
         asked.append(Asking(seconds * number / len(texts), entries))

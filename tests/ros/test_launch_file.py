@@ -218,7 +218,9 @@ def test_without_arguments_the_parameter_file_of_the_package_is_all_that_the_nod
         ("mug|cup|coffee mug,\nchair,", ["mug|cup|coffee mug", "chair"]),
         ("1, true, null, 2.5", ["1", "true", "null", "2.5"]),
         ("größe, 椅子", ["größe", "椅子"]),
-        ("['ball', 'chair']", ["['ball'", "'chair']"]),
+        ("['ball', 'chair']", ["ball", "chair"]),
+        ('["ball", "chair"]', ["ball", "chair"]),
+        ("ball; chair", ["ball", "chair"]),
         ("__import__('os').abort()", ["__import__('os').abort()"]),
     ],
 )

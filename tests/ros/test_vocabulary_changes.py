@@ -76,6 +76,82 @@ def test_text_may_have_line_breaks_and_blanks(rig):
     told(rig, ["red chair", "mug", "ball"], since)
 
 
+@pytest.mark.parametrize("text", ['["ball", "mug|cup"]', "ball; mug|cup", "- 'ball'\n- 'mug|cup'"])
+def test_a_list_in_the_text_is_read_and_half_a_list_is_refused(rig, text):
+    rig.talker.do("advertise", topic="vocabulary_text")
+    since = rig.listener.mark()
+    rig.talker.do("vocabulary_text", text=text)
+    told(rig, ["ball", "mug"], since)
+    place, since = len(rig.node.lines), rig.listener.mark()
+    for wrong in ('["ball", "cone"', "{data: 'cone'}", "cones.txt"):
+        rig.talker.do("vocabulary_text", text=wrong)
+    rig.node.wait_log("no file is opened here", since=place)
+    assert len([line for line in rig.node.lines[place:] if "vocabulary_text is rejected" in line]) == 3
+    assert not rig.listener.seen("label_info", since)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_backgrounds_name_is_label_0_alone(rig, way):
+    since, place = rig.listener.mark(), len(rig.node.lines)
+    WAYS[way](rig, ["cone", "Background |wall", f"thing by {way}"])
+    ids = told(rig, ["cone", f"thing by {way}"], since)
+    assert ids["background"] == 0
+    assert "'wall' win are 0" in rig.node.wait_log("'Background' is the name of label 0", since=place)
+    classes = rig.segment(PICTURE, kinds=OUTPUTS)["class_confidence"]["classes"]
+    assert [seen["name"] for seen in classes] == ["cone", f"thing by {way}"]
+    answer = rig.talker.do("locate", name=" BACKGROUND")
+    assert not answer["success"]
+    assert "it is where segmentation/mask is 0" in answer["message"]
+    assert rig.talker.do("locate", name="wall")["success"]
+
+
+def test_set_vocabulary_says_what_became_of_the_backgrounds_name(rig):
+    answer = rig.talker.do("set_vocabulary", names=["ball", "background"])
+    assert answer["accepted"]
+    assert len(answer["ids"]) == 1
+    assert "'background' is the name of label 0 and no class of its own" in answer["message"]
+    answer = rig.talker.do("set_vocabulary", names=["ball", "wall|background"])
+    assert not answer["accepted"]
+    assert "cannot be a synonym of 'wall'" in answer["message"]
+
+
+def test_the_background_is_not_renamed_to_a_name_of_the_vocabulary(rig):
+    answer = rig.talker.do("set_parameter", name="background_name", value="Ladder ")
+    assert not answer["successful"]
+    assert "is a name of the vocabulary, and no two labels may have one name" in answer["reason"]
+    assert serving(rig) == ["background", "ball", "ladder"]
+    since = rig.listener.mark()
+    by_parameter(rig, ["ball", "background"])
+    told(rig, ["ball"], since)
+    since = rig.listener.mark()
+    assert rig.talker.do("set_parameter", name="background_name", value="rest")["successful"]
+    event = rig.listener.wait("label_info", lambda event: event["classes"]["0"] == "rest", since=since)
+    assert sorted(event["classes"].values()) == ["background", "ball", "rest"]
+    answer = rig.talker.do("set_parameter", name="background_name", value="background")
+    assert not answer["successful"]
+    by_parameter(rig, START)
+    assert rig.talker.do("set_parameter", name="background_name", value="background")["successful"]
+
+
+def test_what_the_model_cannot_make_of_a_name_is_told_by_service_log_and_diagnostics(rig):
+    long = "the thing that stands on the left of the long brown table beside the window in the hall, which is "
+    place, since = len(rig.node.lines), rig.listener.mark()
+    message = rig.talker.do("set_vocabulary", names=["ball", f"{long}red", f"{long}blue"])["message"]
+    for words in ("are one and the same to the model", "which is blue' is not read", "nerve models pull sd21-clipl14"):
+        assert words in message
+        assert words in rig.node.wait_log(words, since=place)
+    event = rig.listener.wait("diagnostics", lambda event: "one and the same" in event["message"], since=since)
+    assert event["level"] == 1
+    assert event["values"]["vocabulary_doubts"] == message
+    rig.segment(PICTURE)
+    answer = rig.talker.do("locate", name="cat")
+    assert "'embedded' does not know 'cat'" in answer["message"]
+    since = rig.listener.mark()
+    assert rig.talker.do("set_vocabulary", names=["ball"])["message"] == ""
+    event = rig.listener.wait("diagnostics", lambda event: not event["values"]["vocabulary_doubts"], since=since)
+    assert event["message"] == "active"
+
+
 def test_a_name_keeps_its_id_through_changes(rig):
     ids = told(rig, START)
     for names in (["mug", "ladder"], ["cone", "BALL", "mug"], ["ladder", "ball", "mug"]):
