@@ -78,7 +78,7 @@ def test_what_variants_share_of_an_image_is_worked_out_once(together, monkeypatc
     for tower in towers.values():
         monkeypatch.setattr(tower, "features", counted(ran, f"clip {id(tower)}", tower.features))
     for branch in branches.values():
-        monkeypatch.setattr(branch, "noisy_latent", counted(ran, f"taps {id(branch)}", branch.noisy_latent))
+        monkeypatch.setattr(branch, "project", counted(ran, f"taps {id(branch)}", branch.project))
     monkeypatch.setattr(variants_module, "fuse", counted(ran, "S", variants_module.fuse))
     together(SCENE.image, VOCABULARY)
     # nerve, L = 3, min-max, edges and pamr share one S; local, maskclip, timestep, low rank have their own, exact too
