@@ -258,10 +258,11 @@ _FLOORS = {
     "gravel": (("gravel",), ((0.1, 0.1, 0.62), (0.08, 0.2, 0.6))),
     "road": (("asphalt",), ((0.6, 0.04, 0.42), (0.1, 0.03, 0.55))),
 }
-_PLACES = (  # walls and floors that go together
+PLACES = (
     (("wall", "brick wall"), ("tiles", "floor", "carpet")),
     (("sky", "fence", "brick wall"), ("grass", "gravel", "road")),
 )
+"""Walls and floors that go together: indoors, and in a yard."""
 
 
 def _surface(rng: np.random.Generator, kinds: dict, name: str, rows: int, columns: int, zoom: float) -> np.ndarray:
@@ -283,7 +284,7 @@ def _background(rng: np.random.Generator, rows: int, columns: int) -> tuple[np.n
         image = cv2.resize(cut, (columns, rows), interpolation=cv2.INTER_LINEAR).astype(np.float32)
         stuff = np.full((rows, columns), STUFF.index("photo") + 1, np.uint8)
         return image * rng.uniform(0.6, 1.1), stuff, int(0.3 * rows)
-    walls, floors = _PLACES[int(rng.integers(len(_PLACES)))]
+    walls, floors = PLACES[int(rng.integers(len(PLACES)))]
     wall, floor = walls[int(rng.integers(len(walls)))], floors[int(rng.integers(len(floors)))]
     horizon = int(rng.uniform(0.3, 0.62) * rows)
     zoom = rows / 480 * rng.uniform(0.6, 1.3)
@@ -657,6 +658,27 @@ _KINDS: dict[str, tuple[Callable[[_Canvas], None], float, float]] = {
     "star": (_star, 180, 0.8),
     "cross": (_cross, 45, 0.75),
 }
+
+
+def draw_object(rng: np.random.Generator, name: str) -> tuple[np.ndarray, np.ndarray, float]:
+    """Draw one object by itself.
+
+    Returns its colour, float32 [256, 256, 3] RGB in 0..255 and above, which means something only where it is covered;
+    its coverage, uint8 [256, 256]; and the greatest tilt that the kind is drawn with, in degrees. Raises KeyError for
+    a name that is not in NAMES.
+    """
+    draw, tilt, _ = _KINDS[name]
+    canvas = _Canvas(rng)
+    draw(canvas)
+    return canvas.paint, canvas.cover, tilt
+
+
+def draw_tile(rng: np.random.Generator, name: str) -> np.ndarray:
+    """Draw a tile of a wall or floor, one of STUFF but "photo": float32 [512, 512, 3] RGB in 0..255 and above.
+    Raises KeyError for another name."""
+    textures, colours = (_WALLS | _FLOORS)[name]
+    brightness = _textures()[textures[int(rng.integers(len(textures)))]]
+    return brightness[:, :, None] * _colour(rng, *colours[int(rng.integers(len(colours)))])
 
 
 def _place(
