@@ -635,4 +635,4 @@ def _outside(thing: Thing, camera: Camera, centre: np.ndarray, right: np.ndarray
     x, y = np.moveaxis(points[..., :2] / points[..., 2:] * camera.focal, -1, 0)
     weight = cover / points[..., 2] ** 3  # a piece's size in the image
     inside = (np.abs(x) <= camera.width / 2) & (np.abs(y) <= camera.height / 2)
-    return float(1 - weight[inside].sum() / weight.sum())
+    return float(weight[~inside].sum() / weight.sum())

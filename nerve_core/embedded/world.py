@@ -172,13 +172,16 @@ def draw_world(
     moving: int = 8,
     names: Sequence[str] = NAMES,
     yard: bool | None = None,
+    wall: str | None = None,
     first_id: int = 1,
 ) -> World:
     """Draw the world of a seed; the same arguments always give the same world.
 
     standing, moving: how many objects stand and how many move on their own. names: the kinds to draw from; each comes
-    once before any comes twice. yard: a yard, or a room; None leaves it to the seed. first_id: of the first object; the
-    others follow. Raises ValueError for an unknown name, a negative count, or more objects than there is place for.
+    once before any comes twice. yard: a yard, or a room; wall: what is around it, "wall" or "brick wall" in a room,
+    "sky", "fence" or "brick wall" in a yard; None leaves either to the seed. first_id: of the first object; the others
+    follow.
+    Raises ValueError for an unknown name or wall, a negative count, or more objects than there is place for.
     """
     unknown = sorted(set(names) - set(NAMES))
     if unknown or not names:
@@ -188,7 +191,7 @@ def draw_world(
     if not 1 <= first_id <= 65535 - standing - moving:
         raise ValueError(f"first_id is {first_id}; accepted: 1 to {65535 - standing - moving}")
     rng = np.random.default_rng(seed)
-    surfaces = _surfaces(rng, bool(rng.integers(2)) if yard is None else yard)
+    surfaces = _surfaces(rng, bool(rng.integers(2)) if yard is None else yard, wall)
     kinds: list[str] = []
     while len(kinds) < standing + moving:
         kinds += [names[k] for k in rng.permutation(len(names))]
@@ -211,10 +214,13 @@ def halves(picture: np.ndarray, smallest: int = 4) -> tuple[np.ndarray, ...]:
     return tuple(levels)
 
 
-def _surfaces(rng: np.random.Generator, yard: bool) -> tuple[Surface, ...]:
+def _surfaces(rng: np.random.Generator, yard: bool, asked: str | None) -> tuple[Surface, ...]:
     """The floor, and what is around it: four walls, or the sky in their place."""
     walls, floors = PLACES[int(yard)]
-    wall, floor = walls[int(rng.integers(len(walls)))], floors[int(rng.integers(len(floors)))]
+    if asked is not None and asked not in walls:
+        raise ValueError(f"wall is {asked!r}; accepted in a {'yard' if yard else 'room'}: {', '.join(walls)}")
+    drawn, floor = walls[int(rng.integers(len(walls)))], floors[int(rng.integers(len(floors)))]
+    wall = asked or drawn
     light = rng.uniform(0.8, 1.1) * (1 + rng.normal(0, 0.04, 3))
 
     def levels(name: str, brightness: float = 1.0) -> tuple[np.ndarray, ...]:
