@@ -1,14 +1,33 @@
-"""Make the sample bag: drawn scenes filmed by a moving camera, with the true labels of every image.
+"""Make a sample bag: a drawn world filmed by a moving camera, with the truth of every image.
 
     python tools/sample_bag.py --out build/sample_bag
+    python tools/sample_bag.py --out build/sample_bag_moving --bag moving
 
-A camera pans, zooms, rolls and sways over wide drawn scenes, indoors and in a yard by turns. The bag (rosbag2, mcap)
-holds, with one stamp for each image:
+`panning`: a camera pans, zooms, rolls and sways over wide drawn scenes, which are flat, indoors and in a yard by turns.
+`moving`, the harder one: a camera goes about, pans and turns fast in a room and then in an open yard, which have
+depth, and where some objects move on their own; images have motion blur. The bag (rosbag2, mcap) holds, with one
+stamp for each image:
 
-    /camera/image/compressed     sensor_msgs/CompressedImage  JPEG
-    /camera/camera_info          sensor_msgs/CameraInfo       the camera of that moment, as its zoom changes it
-    /camera/labels/compressed    sensor_msgs/CompressedImage  PNG, 8 bits: what every pixel of the image shows
-    /camera/labels/label_info    vision_msgs/LabelInfo        which label is which name; once, transient local
+    /camera/image/compressed      sensor_msgs/CompressedImage  JPEG
+    /camera/camera_info           sensor_msgs/CameraInfo       of that moment: the zoom of `panning` changes it
+    /camera/labels/compressed     sensor_msgs/CompressedImage  PNG, 8 bits: what every pixel of the image shows
+    /camera/labels/label_info     vision_msgs/LabelInfo        which label is which name; once, transient local
+
+and of `moving` also:
+
+    /camera/depth/image           sensor_msgs/Image            16UC1, millimetres along the optical axis, registered to
+                                                               the image; 0 where there is none or more than 10 m
+    /camera/instances/compressed  sensor_msgs/CompressedImage  PNG, 16 bits: which object every pixel shows, 0: none
+    /camera/objects               std_msgs/String              JSON: the objects within the image, the nearest first
+
+    {"stamp": nanoseconds, "frame_id": "camera", "objects": [{"id": 7, "name": "mug", "centre": [x, y, z], "size":
+    [width, height], "pixels": 5120, "occluded": 0.12, "outside": 0.0}, ...]}
+
+An object's id is its value in the instances, and stays its own through the bag. `centre` and `size` are in metres,
+the centre in the camera's optical frame (x right, y down, z forward), and of the whole object, seen or not;
+`occluded` is the share of its pixels within the image that nearer objects hide, `outside` the share of it outside of
+the image. It is JSON since no message of vision_msgs says how much of an object is hidden, and a topic so that it is
+cut, converted and played together with the images.
 
 Needs no ROS. The same options give the same bag, byte for byte.
 """
@@ -33,14 +52,25 @@ import numpy as np
 import typer
 import yaml
 from rich.progress import track
-from rosbags.rosbag2 import StoragePlugin, Writer
+from rosbags.rosbag2 import CompressionFormat, CompressionMode, StoragePlugin, Writer
 from rosbags.typesys.store import Typestore
 
 from nerve_core.console import PlainConsole
-from nerve_core.embedded import scenes
+from nerve_core.embedded import filming, scenes
+from nerve_core.embedded import world as drawn_world
+from nerve_core.embedded.filming import Camera, Seen, Sensor, look, wander
 from nerve_core.embedded.scenes import NAMES, STUFF, Scene, draw_scene
+from nerve_core.embedded.world import draw_world
 from nerve_core.replay import messages, writing
-from nerve_core.replay.messages import COMPRESSED_IMAGE, LABEL_INFO, header_message, label_info_message, typestore
+from nerve_core.replay.messages import (
+    COMPRESSED_IMAGE,
+    IMAGE,
+    LABEL_INFO,
+    STRING,
+    header_message,
+    label_info_message,
+    typestore,
+)
 from nerve_core.replay.writing import qos
 
 if TYPE_CHECKING:
@@ -50,6 +80,9 @@ IMAGE_TOPIC = "/camera/image/compressed"
 CAMERA_INFO_TOPIC = "/camera/camera_info"
 LABELS_TOPIC = "/camera/labels/compressed"
 LABEL_INFO_TOPIC = "/camera/labels/label_info"
+DEPTH_TOPIC = "/camera/depth/image"
+INSTANCES_TOPIC = "/camera/instances/compressed"
+OBJECTS_TOPIC = "/camera/objects"
 FRAME_ID = "camera"
 
 WIDTH, HEIGHT = 640, 480
@@ -75,6 +108,17 @@ JPEG_BYTES = 40_000
 """Each image is written in the best of these qualities that takes no more than these bytes: half a minute of any seed
 stays below 15 MB."""
 
+MOVING_WORLDS = 2
+"""Worlds with depth that one bag of moving objects films, a room and an open yard, each for equally long."""
+SENSOR = Sensor(noise=NOISE, shutter=0.008)
+"""Of the camera that films them: fast turns blur what it sees."""
+DEPTH_RANGE = 10.0
+"""Metres beyond which the depth camera measures nothing."""
+IDS = 100
+"""The first object of each world is one more than a multiple of this."""
+
+BAGS = ("panning", "moving")
+
 CUSTOM_DATA = "nerve_ros_sample_bag"
 """Key of the bag's metadata under which its options and the digest of its generator are written."""
 
@@ -92,8 +136,11 @@ class Options:
 
     seconds: float = 32.0
     seed: int = 3
+    bag: str = BAGS[0]
 
     def __post_init__(self) -> None:
+        if self.bag not in BAGS:
+            raise ValueError(f"bag is {self.bag!r}; accepted: {', '.join(BAGS)}")
         if not 0.1 <= self.seconds <= 3600.0:
             raise ValueError(f"seconds is {self.seconds:g}; accepted: 0.1 to 3600")
         if self.seed < 0:
@@ -177,7 +224,10 @@ def expose(image: np.ndarray, seconds: float, rng: np.random.Generator) -> np.nd
 def generator_digest(options: Options) -> str:
     """Changes with the options, the sources that a bag is made by and what turns them into bytes."""
     digest = hashlib.sha256(json.dumps(asdict(options)).encode())
-    for source in (__file__, scenes.__file__, messages.__file__, writing.__file__):
+    sources = [__file__, scenes.__file__, messages.__file__, writing.__file__]
+    if options.bag == "moving":
+        sources += [drawn_world.__file__, filming.__file__]
+    for source in sources:
         digest.update(Path(source).read_bytes())
     for package in ("numpy", "opencv-python-headless", "rosbags"):
         digest.update(_version(package).encode())
@@ -236,22 +286,75 @@ def _grounds(scene: Scene) -> set[str]:
 
 def _write(out: Path, options: Options, digest: str, progress: Progress) -> None:
     store = typestore()
-    with Writer(out, version=Writer.VERSION_LATEST, storage_plugin=StoragePlugin.MCAP) as writer:
+    with_depth = options.bag == "moving"
+    writer = Writer(out, version=Writer.VERSION_LATEST, storage_plugin=StoragePlugin.MCAP)
+    if with_depth:  # depth images are not compressed by themselves
+        writer.set_compression(CompressionMode.STORAGE, CompressionFormat.ZSTD)
+    with writer:
         writer.set_custom_data(CUSTOM_DATA, json.dumps({**asdict(options), "digest": digest}))
+        topics = [
+            (LABEL_INFO_TOPIC, LABEL_INFO, True),
+            (IMAGE_TOPIC, COMPRESSED_IMAGE, False),
+            (CAMERA_INFO_TOPIC, "sensor_msgs/msg/CameraInfo", False),
+            (LABELS_TOPIC, COMPRESSED_IMAGE, False),
+        ]
+        if with_depth:
+            topics += [
+                (DEPTH_TOPIC, IMAGE, False),
+                (INSTANCES_TOPIC, COMPRESSED_IMAGE, False),
+                (OBJECTS_TOPIC, STRING, False),
+            ]
         connections = {
             topic: writer.add_connection(
                 topic, kind, typestore=store, offered_qos_profiles=[qos(latched, 1 if latched else 10)]
             )
-            for topic, kind, latched in (
-                (LABEL_INFO_TOPIC, LABEL_INFO, True),
-                (IMAGE_TOPIC, COMPRESSED_IMAGE, False),
-                (CAMERA_INFO_TOPIC, "sensor_msgs/msg/CameraInfo", False),
-                (LABELS_TOPIC, COMPRESSED_IMAGE, False),
-            )
+            for topic, kind, latched in topics
         }
         for topic, nanoseconds, message in _messages(store, options, progress):
             kind = connections[topic].msgtype
             writer.write(connections[topic], nanoseconds, store.serialize_cdr(message, kind))
+
+
+@dataclass(frozen=True)
+class Filmed:
+    """One image and its truth: uint8 [480, 640, 3] RGB, labels uint8 [480, 640], the focal length in pixels; of a world
+    with depth also that in metres, float32, the instances, uint16, and the objects."""
+
+    image: np.ndarray
+    labels: np.ndarray
+    focal: float
+    depth: np.ndarray | None = None
+    instances: np.ndarray | None = None
+    objects: tuple[Seen, ...] = ()
+
+
+def _panning(options: Options, numbers: Iterable[int]) -> Iterator[Filmed]:
+    """The images of a bag over flat scenes."""
+    worlds, current = draw_worlds(options.seed), -1
+    for number in numbers:
+        world = number * WORLDS // options.images
+        if world != current:
+            scene, path = next(itertools.islice(worlds, world - current - 1, None))
+            current, first = world, number
+        pose = path.pose((number - first) / RATE)
+        image, labels = film(scene, pose)
+        image = expose(image, number / RATE, np.random.default_rng((options.seed, number)))
+        yield Filmed(image, labels, FOCAL_LENGTH / pose.scale)
+
+
+def _moving(options: Options, numbers: Iterable[int]) -> Iterator[Filmed]:
+    """The images of a bag in worlds with depth."""
+    camera, current = Camera(WIDTH, HEIGHT, FOCAL_LENGTH), -1
+    for number in numbers:
+        place = number * MOVING_WORLDS // options.images
+        if place != current:
+            key = (options.seed, place)
+            yard = bool(place % 2)
+            drawn = draw_world(key, yard=yard, wall="sky" if yard else None, first_id=IDS * place + 1)
+            trajectory = wander(key)
+            current, first = place, number
+        view = look(drawn, trajectory, (number - first) / RATE, camera=camera, sensor=SENSOR, seed=(*key, number))
+        yield Filmed(view.image, view.labels, camera.focal, view.depth, view.instances, view.things)
 
 
 def _messages(store: Typestore, options: Options, progress: Progress) -> Iterator[tuple[str, int, object]]:
@@ -260,22 +363,42 @@ def _messages(store: Typestore, options: Options, progress: Progress) -> Iterato
     header = header_message(START * 10**9, FRAME_ID)
     yield LABEL_INFO_TOPIC, START * 10**9, label_info_message(header, NAMES, 0.0)
     compressed = types[COMPRESSED_IMAGE]
-    worlds, current = draw_worlds(options.seed), -1
-    for number in progress(range(options.images)):
-        world = number * WORLDS // options.images
-        if world != current:
-            scene, path = next(itertools.islice(worlds, world - current - 1, None))
-            current, first = world, number
-        pose = path.pose((number - first) / RATE)
-        image, labels = film(scene, pose)
-        image = expose(image, number / RATE, np.random.default_rng((options.seed, number)))
+    filmed = _moving if options.bag == "moving" else _panning
+    for number, shot in enumerate(filmed(options, progress(range(options.images)))):
         nanoseconds = START * 10**9 + number * 10**9 // RATE
         header = header_message(nanoseconds, FRAME_ID)
-        jpeg = _jpeg(image)
-        yield IMAGE_TOPIC, nanoseconds, compressed(header, "rgb8; jpeg compressed bgr8", jpeg)
-        yield CAMERA_INFO_TOPIC, nanoseconds, _camera_info(store, header, FOCAL_LENGTH / pose.scale)
-        png = _encoded(".png", labels, [cv2.IMWRITE_PNG_COMPRESSION, 9])
+        yield IMAGE_TOPIC, nanoseconds, compressed(header, "rgb8; jpeg compressed bgr8", _jpeg(shot.image))
+        yield CAMERA_INFO_TOPIC, nanoseconds, _camera_info(store, header, shot.focal)
+        png = _encoded(".png", shot.labels, [cv2.IMWRITE_PNG_COMPRESSION, 9])
         yield LABELS_TOPIC, nanoseconds, compressed(header, "mono8; png compressed ", png)
+        if shot.depth is None or shot.instances is None:
+            continue
+        depth = _millimetres(shot.depth).view(np.uint8).reshape(-1)
+        yield DEPTH_TOPIC, nanoseconds, types[IMAGE](header, HEIGHT, WIDTH, "16UC1", 0, 2 * WIDTH, depth)
+        png = _encoded(".png", shot.instances, [cv2.IMWRITE_PNG_COMPRESSION, 9])
+        yield INSTANCES_TOPIC, nanoseconds, compressed(header, "mono16; png compressed ", png)
+        said = {"stamp": nanoseconds, "frame_id": FRAME_ID, "objects": [_described(one) for one in shot.objects]}
+        yield OBJECTS_TOPIC, nanoseconds, types[STRING](json.dumps(said))
+
+
+def _millimetres(depth: np.ndarray) -> np.ndarray:
+    """Depth in metres, float32, NaN where there is none, as depth cameras give it: uint16, 0 where there is none."""
+    with np.errstate(invalid="ignore"):
+        there = depth <= DEPTH_RANGE
+    return np.where(there, np.rint(np.nan_to_num(depth) * 1000), 0).astype("<u2")
+
+
+def _described(one: Seen) -> dict:
+    """An object as the bag's JSON has it: lengths to a tenth of a millimetre."""
+    return {
+        "id": one.id,
+        "name": one.name,
+        "centre": [round(value, 4) for value in one.centre],
+        "size": [round(value, 4) for value in one.size],
+        "pixels": one.pixels,
+        "occluded": round(one.occluded, 4),
+        "outside": round(one.outside, 4),
+    }
 
 
 def _camera_info(store: Typestore, header: Msg, focal: float) -> object:
@@ -307,11 +430,14 @@ def main(
     out: Annotated[Path, typer.Option(help="The bag's folder.")] = Path("build/sample_bag"),
     seconds: Annotated[float, typer.Option(help="Length, 0.1 to 3600.")] = Options.seconds,
     seed: Annotated[int, typer.Option(help="Another seed, another film.")] = Options.seed,
+    bag: Annotated[
+        str, typer.Option(help="panning, or moving: with depth, moving objects and fast turns.")
+    ] = Options.bag,
 ) -> None:
-    """Make the sample bag, unless the one that these options give is there already."""
+    """Make a sample bag, unless the one that these options give is there already."""
     console = PlainConsole(stderr=True)
     try:
-        options = Options(seconds, seed)
+        options = Options(seconds, seed, bag)
         made = ensure(out, options, progress=lambda items: track(items, "filming the sample bag", console=console))
     except (ValueError, FileExistsError) as error:
         console.print(f"sample_bag: {error}", style="red", soft_wrap=True)

@@ -285,7 +285,148 @@ class TestEnsure:
         assert (said["seconds"], said["seed"]) == (0.2, 8)
 
 
-@pytest.mark.parametrize(("values", "accepted"), [({"seconds": 0}, "0.1 to 3600"), ({"seed": -1}, "0 and above")])
+# The bag of worlds with depth, whose two places are a second each here
+
+
+@pytest.fixture(scope="module")
+def moving_bag(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("bags") / "moving"
+    assert sample_bag.ensure(out, sample_bag.Options(seconds=SECONDS, bag="moving"))
+    return out
+
+
+@pytest.fixture(scope="module")
+def moving_messages(moving_bag) -> dict[str, list]:
+    return {topic.split()[0]: [message for _, message in found] for topic, found in read(moving_bag).items()}
+
+
+@pytest.fixture(scope="module")
+def moving_truth(moving_messages) -> list[dict]:
+    return [json.loads(message.data) for message in moving_messages["/camera/objects"]]
+
+
+@pytest.fixture(scope="module")
+def moving_planes(moving_messages) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Labels, instances and depth in millimetres of every image."""
+    labels, instances = (
+        [cv2.imdecode(one.data, cv2.IMREAD_UNCHANGED) for one in moving_messages[f"/camera/{part}/compressed"]]
+        for part in ("labels", "instances")
+    )
+    depth = [one.data.view("<u2").reshape(one.height, one.width) for one in moving_messages["/camera/depth/image"]]
+    return list(zip(labels, instances, depth, strict=True))
+
+
+def test_the_moving_bag_holds_what_the_other_bag_does_and_depth_instances_and_objects(moving_bag):
+    found = read(moving_bag)
+    assert {topic: len(there) for topic, there in found.items()} == {
+        "/camera/image/compressed sensor_msgs/msg/CompressedImage": 20,
+        "/camera/camera_info sensor_msgs/msg/CameraInfo": 20,
+        "/camera/labels/compressed sensor_msgs/msg/CompressedImage": 20,
+        "/camera/labels/label_info vision_msgs/msg/LabelInfo": 1,
+        "/camera/depth/image sensor_msgs/msg/Image": 20,
+        "/camera/instances/compressed sensor_msgs/msg/CompressedImage": 20,
+        "/camera/objects std_msgs/msg/String": 20,
+    }
+    times = [time for time, _ in found["/camera/image/compressed sensor_msgs/msg/CompressedImage"]]
+    assert set(np.diff(times)) == {10**8}
+    for topic, there in found.items():
+        if "label_info" not in topic:
+            assert [time for time, _ in there] == times
+        if "objects" not in topic:
+            stamps = [message.header.stamp.sec * 10**9 + message.header.stamp.nanosec for _, message in there]
+            assert stamps == [time for time, _ in there]
+            assert {message.header.frame_id for _, message in there} == {"camera"}
+
+
+def test_half_a_minute_of_the_moving_bag_stays_below_forty_megabytes(moving_bag):
+    assert sum(file.stat().st_size for file in moving_bag.iterdir()) * 32 / SECONDS < 40e6
+
+
+def test_the_depth_is_as_a_depth_camera_gives_it(moving_messages, moving_planes):
+    info, *_ = moving_messages["/camera/camera_info"]
+    assert (info.k[0], info.k[2], info.k[5]) == (540, 319.5, 239.5)
+    for message, (_, instances, depth) in zip(moving_messages["/camera/depth/image"], moving_planes, strict=True):
+        assert (message.encoding, message.step, message.is_bigendian) == ("16UC1", 1280, 0)
+        assert depth.shape == (480, 640)
+        assert depth.max() <= 10_000
+        assert depth[instances > 0].min() > 500
+    room, yard = moving_planes[0][2], moving_planes[-1][2]
+    assert room.all()
+    assert not yard[:40][moving_planes[-1][1][:40] == 0].any()  # the sky
+
+
+def test_labels_instances_and_objects_agree(moving_truth, moving_planes, moving_messages):
+    ((info,), times) = moving_messages["/camera/labels/label_info"], moving_messages["/camera/image/compressed"]
+    names = {entry.class_id: entry.class_name for entry in info.class_map}
+    assert names == dict(enumerate(("background", *NAMES)))
+    kinds: dict[int, str] = {}
+    for said, (labels, instances, _), message in zip(moving_truth, moving_planes, times, strict=True):
+        assert said["stamp"] == message.header.stamp.sec * 10**9 + message.header.stamp.nanosec
+        assert said["frame_id"] == "camera"
+        assert instances.dtype == np.uint16
+        there = {one["id"]: one for one in said["objects"]}
+        assert set(np.unique(instances)) - {0} <= set(there)
+        assert ((labels > 0) == (instances > 0)).all()
+        for number, one in there.items():
+            assert one["pixels"] == np.count_nonzero(instances == number)
+            assert {names[k] for k in np.unique(labels[instances == number])} <= {one["name"]}
+            assert kinds.setdefault(number, one["name"]) == one["name"]
+    assert max(kinds) > sample_bag.IDS > min(kinds)  # two places, whose objects have ids of their own
+
+
+def test_the_depth_of_an_object_that_is_seen_whole_is_that_of_its_centre(moving_truth, moving_planes, moving_messages):
+    K = moving_messages["/camera/camera_info"][0].k.reshape(3, 3)
+    checked = 0
+    for said, (_, instances, depth) in zip(moving_truth, moving_planes, strict=True):
+        for one in said["objects"]:
+            if one["occluded"] > 0.01 or one["outside"] > 0 or one["pixels"] < 500:
+                continue
+            rows, columns = np.nonzero(instances == one["id"])
+            z = depth[rows, columns] / 1000
+            points = np.stack([(columns - K[0, 2]) / K[0, 0] * z, (rows - K[1, 2]) / K[1, 1] * z, z])
+            middle = (points.min(1) + points.max(1)) / 2
+            np.testing.assert_allclose(middle, one["centre"], atol=0.06)
+            checked += 1
+    assert checked > 20
+
+
+def test_some_objects_move_by_themselves_and_the_camera_turns(moving_truth):
+    """In the camera's frame nothing stays; the distance between two objects that stand does."""
+    gaps: dict[tuple[int, int], list[float]] = {}
+    for said in moving_truth[:10]:
+        for one, other in itertools.combinations(sorted(said["objects"], key=lambda thing: thing["id"]), 2):
+            gap = math.dist(one["centre"], other["centre"])
+            gaps.setdefault((one["id"], other["id"]), []).append(gap)
+    changed = [max(found) - min(found) for found in gaps.values() if len(found) > 5]
+    assert min(changed) < 1e-3 < 0.1 < max(changed)
+
+
+def test_the_moving_bag_is_the_same_for_the_same_options(tmp_path):
+    bags = []
+    for folder, seed in (("one", 3), ("two", 3), ("three", 4)):
+        out = tmp_path / folder / "bag"
+        sample_bag.ensure(out, sample_bag.Options(seconds=0.2, seed=seed, bag="moving"))
+        bags.append([file.read_bytes() for file in sorted(out.iterdir())])
+    assert bags[0] == bags[1] != bags[2]
+
+
+def test_the_bag_of_flat_scenes_is_made_again_in_place_of_the_other_one(tmp_path):
+    out = tmp_path / "bag"
+    assert sample_bag.ensure(out, sample_bag.Options(seconds=0.1, bag="moving"))
+    assert not sample_bag.ensure(out, sample_bag.Options(seconds=0.1, bag="moving"))
+    assert sample_bag.ensure(out, sample_bag.Options(seconds=0.1))
+    assert len(read(out)) == 4
+
+
+def test_depth_beyond_the_range_and_none_are_zero():
+    depth = np.array([[np.nan, 0.0014, 9.9999, 10.001, 400.0]], np.float32)
+    assert sample_bag._millimetres(depth).tolist() == [[0, 1, 10000, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("values", "accepted"),
+    [({"seconds": 0}, "0.1 to 3600"), ({"seed": -1}, "0 and above"), ({"bag": "static"}, "panning, moving")],
+)
 def test_options_that_cannot_be_used_are_refused_with_the_range(values, accepted):
     with pytest.raises(ValueError, match=accepted):
         sample_bag.Options(**values)

@@ -66,6 +66,17 @@ def test_the_beginning_of_a_recording_holds_at_least_one_image(recording):
     assert [len(recording.beginning(seconds).frames) for seconds in (0.01, 0.5, 99.0)] == [1, 5, IMAGES]
 
 
+def test_the_bag_of_moving_objects_is_a_recording_too(tmp_path):
+    out = tmp_path / "bag"
+    command = [sys.executable, str(ROOT / "tools" / "sample_bag.py"), "--out", str(out)]
+    subprocess.run([*command, "--seconds", "0.3", "--bag", "moving"], check=True, timeout=PATIENCE)
+    moving = read_recording(out)
+    assert len(moving.frames) == 3
+    assert moving.names[:3] == ("ball", "cube", "cone")
+    assert moving.image(2).shape == (480, 640, 3)
+    assert moving.labels(2).any()
+
+
 def test_what_is_no_bag_is_refused_with_the_way_to_make_one(tmp_path):
     with pytest.raises(RecordingError, match=r"sample_bag\.py"):
         read_recording(tmp_path / "nothing")
@@ -476,5 +487,17 @@ def test_the_command_explains_itself_without_set_up():
     shown = subprocess.run(
         ["bash", str(ROOT / "scripts" / "demo"), "--help"], capture_output=True, check=True, text=True, timeout=30.0
     ).stdout
-    for option in ("--seconds", "--names", "--json"):
+    for option in ("--seconds", "--names", "--bag", "--json"):
         assert option in shown
+
+
+def test_the_command_says_which_bags_there_are_before_it_sets_anything_up():
+    refused = subprocess.run(
+        ["bash", str(ROOT / "scripts" / "demo"), "--seconds", "1", "--bag"],
+        capture_output=True,
+        check=False,
+        text=True,
+        timeout=30.0,
+    )
+    assert refused.returncode == 2
+    assert "panning, moving" in refused.stderr
