@@ -102,8 +102,8 @@ def segment(
             say(f"{result['image']}  ({result['timings']['total']:.0f} ms)")
             console.print(_found_table(result))
         say(f"masks, overlays and confidence of {len(results)} images are in {out}")
-        for sentence in more:
-            say(sentence)
+    for sentence in more:
+        say(sentence)
     for path, reason in left_out.items():
         say(f"left out: {path} {reason}")
     if left_out:

@@ -178,9 +178,9 @@ def _source(content: Any, base: Path) -> Source:
 
 
 def _known_words(content: Any) -> tuple[str, ...]:
-    """What a pair knows, as entries of a vocabulary. Raises ValueError, TypeError."""
+    """What a pair knows, as entries of a vocabulary. Raises ValueError."""
     if not isinstance(content, list):
-        raise TypeError(f'knows is {content!r}; it must be a list of names as in ["ball", "mug|cup"]')
+        raise ValueError(f"knows is {content!r}; it must be a list of names")
     vocabulary = Vocabulary(content)
     if vocabulary.dropped or vocabulary.background:
         wrong = (*vocabulary.dropped, *vocabulary.background)[0]

@@ -650,7 +650,11 @@ def test_how_labels_were_read_is_noted_where_nothing_says_it(tmp_path):
     [
         ("labels: from 2\ncat", r"line 'labels: from 2'; after labels: may stand from 0, from 1, 0 and 255"),
         ("labels: 0 and 255\ncat\ndog", r"'labels: 0 and 255' and has 2 classes"),
-        ("cat\nwall|background", r"line 'wall\|background', with a word that names no class"),
+        (
+            "cat\nwall|background",
+            r"'background' is the name of label 0, the background, and cannot be a synonym of 'wall'",
+        ),
+        ("cat\nwall|void", r"line 'wall\|void', with a word that names no class"),
         ("_background_\nvoid", r"names no class"),
         ("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", r"classes\.txt is a pointer of git-lfs"),
     ],
