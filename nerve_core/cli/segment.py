@@ -239,10 +239,8 @@ def _write(image: np.ndarray, found: Segmentation, target: Path) -> dict[str, An
     classes = [dataclasses.asdict(item) for item in found.class_confidence]
     result = {"classes": classes, "timings": found.timings, "size": [image.shape[1], image.shape[0]]}
     text = json.dumps(result, indent=2, ensure_ascii=False)
-    paths = [
-        write(_file(target, part), content)
-        for part, content in zip(_PARTS, (marked(png.getvalue()), marked(drawn), text), strict=True)
-    ]
+    contents: tuple[bytes | str, ...] = (marked(png.getvalue()), marked(drawn), text)
+    paths = [write(_file(target, part), content) for part, content in zip(_PARTS, contents, strict=True)]
     return {**result, "mask": str(paths[0]), "overlay": str(paths[1])}
 
 

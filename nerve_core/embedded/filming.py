@@ -341,12 +341,12 @@ def _subframes(world: World, trajectory: Trajectory, camera: Camera, sensor: Sen
     ends = seconds + sensor.shutter * np.array([-0.5, 0.5])
     positions, turned = trajectory(ends)
     cosine = (np.trace(turned[0].T @ turned[1]) - 1) / 2
-    moved = np.arccos(np.clip(cosine, -1, 1)) + np.linalg.norm(positions[1] - positions[0]) / 1.2
+    moved = float(np.arccos(np.clip(cosine, -1, 1)) + np.linalg.norm(positions[1] - positions[0]) / 1.2)
     for thing in world.things:
         if thing.route.moves:
             centres = thing.at(ends)[0]
-            distance = max(np.linalg.norm(centres[0] - positions[0]), 0.5)
-            moved = max(moved, np.linalg.norm(np.diff(centres - positions, axis=0)) / distance)
+            distance = max(float(np.linalg.norm(centres[0] - positions[0])), 0.5)
+            moved = max(moved, float(np.linalg.norm(np.diff(centres - positions, axis=0))) / distance)
     return int(np.clip(np.ceil(moved * camera.focal / SUBFRAME), 1, SUBFRAMES))
 
 

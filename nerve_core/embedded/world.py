@@ -257,7 +257,7 @@ def _cut_out(rng: np.random.Generator, name: str, *, upright: bool) -> tuple[tup
     stretch = 1.0 if upright else float(rng.uniform(0.9, 1.1))
     metres = SIDES[name] * float(rng.uniform(0.85, 1.15))
     canvas = 3 * side // 2  # holds it at every angle
-    matrix = cv2.getRotationMatrix2D((side / 2 - 0.5, side / 2 - 0.5), angle, 1.0)
+    matrix = np.asarray(cv2.getRotationMatrix2D((side / 2 - 0.5, side / 2 - 0.5), angle, 1.0), np.float64)
     matrix[:, 2] += (canvas - side) / 2
     weight = cover[:, :, None].astype(np.float32) / 255
     shown = np.clip(paint * np.float32(rng.uniform(0.8, 1.12)), 0, 255) * weight

@@ -121,13 +121,13 @@ class Vocabulary:
             return given
         if isinstance(given, str):
             return cls.parse(given)
-        wrong = not isinstance(given, Sequence) or isinstance(given, bytes | bytearray)
-        if wrong or not all(isinstance(name, str) for name in given):
+        names = given if isinstance(given, Sequence) and not isinstance(given, bytes | bytearray) else None
+        if names is None or not all(isinstance(name, str) for name in names):
             raise TypeError(
                 f"a vocabulary must be a Vocabulary, a list of names or one text; got {_type_in_words(given)}. Write "
                 '["ball", "mug|cup"], or "ball, mug|cup"'
             )
-        return cls(given)
+        return cls(names)
 
     @property
     def entries(self) -> tuple[str, ...]:
