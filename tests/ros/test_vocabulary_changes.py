@@ -135,6 +135,7 @@ def test_the_background_is_not_renamed_to_a_name_of_the_vocabulary(rig):
 
 def test_what_the_model_cannot_make_of_a_name_is_told_by_service_log_and_diagnostics(rig):
     long = "the thing that stands on the left of the long brown table beside the window in the hall, which is "
+    rig.listen("diagnostics")
     place, since = len(rig.node.lines), rig.listener.mark()
     message = rig.talker.do("set_vocabulary", names=["ball", f"{long}red", f"{long}blue"])["message"]
     for words in ("are one and the same to the model", "which is blue' is not read", "nerve models pull sd21-clipl14"):
