@@ -290,6 +290,8 @@ def _check_compressed(message: Message) -> int:
 
 def _format(data: bytes) -> str:
     """The name of a format that cameras use and that is not decoded, and ", "; or nothing."""
+    if data[:4] == b"\0\0\0\1" or data[:3] == b"\0\0\1":  # Annex B of H.264 and H.265
+        return "a part of a video (H.264 or H.265), "
     if data[:4] in (b"II*\0", b"MM\0*"):
         return "TIFF, "
     return "WebP, " if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else ""

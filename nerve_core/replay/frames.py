@@ -25,6 +25,9 @@ LABELS_WAIT = 10**9
 REASONS = 20
 """Reasons for lost images that are counted apart, at most; the others are counted together."""
 
+VIDEO_TYPES = ("CompressedVideo", "FFMPEGPacket", "Packet")
+"""Types of messages that hold parts of a video: foxglove_msgs, ffmpeg_image_transport_msgs, theora_image_transport."""
+
 TOPICS = 40
 """Topics of a bag that an error lists, at most."""
 
@@ -103,7 +106,7 @@ def choose_topics(bag: Bag, asked: Sequence[str], labels_topic: str | None = Non
     there = bag.images()
     names = list(dict.fromkeys(f"/{name.lstrip('/')}" for name in asked))
     if not names:
-        names = [topic.name for topic in there if topic.name != labels_topic]
+        names = list(dict.fromkeys(topic.name for topic in there if topic.name != labels_topic))
         if not there:
             raise BagError(f"{bag.path} has {_listed(bag)}; accepted: {', '.join(IMAGE_TYPES)}")
         if len(names) != 1:
@@ -124,7 +127,11 @@ def _listed(bag: Bag) -> str:
     """The image topics of `bag`; where it has none, what it has."""
     if images := bag.images():
         return f"the image topics {_named(images)}"
-    return f"no image topic; its topics are {_named(bag.topics)}" if bag.topics else "no image topic and no other"
+    if not bag.topics:
+        return "no image topic and no other"
+    videos = any(topic.kind.rpartition("/")[2] in VIDEO_TYPES for topic in bag.topics)
+    decode = "; videos are not decoded here: record a topic of images that they are decoded to" if videos else ""
+    return f"no image topic; its topics are {_named(bag.topics)}{decode}"
 
 
 def _named(topics: Sequence[Topic]) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import shlex
 import tempfile
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,9 @@ from typing import Any
 import yaml
 from rosbags import rosbag1, rosbag2
 
+from .clock import BACK
 from .messages import IMAGE_TYPES, typestore
-from .salvage import SUFFIXES, Stored, salvage, salvage_in_order, storage_files
+from .salvage import SUFFIXES, Stored, salvage, salvage_in_order, storage_files, unpacked
 
 _ROS1 = (".bag", ".bag.active")
 """What the file of a ROS 1 bag ends with; the latter while it is being recorded."""
@@ -79,10 +81,17 @@ class Bag:
         try:
             reader = (rosbag1.Reader if self.ros1 else rosbag2.Reader)(self.path)
             self._reader = self._stack.enter_context(reader)
+            files = [reader] if self.ros1 else _opened_files(reader)
             counted = Counter[tuple[str, str]]()
-            for connection in reader.connections:
-                counted[connection.topic, connection.msgtype] += connection.msgcount
-            self.start = int(reader.start_time) if sum(counted.values()) else 0
+            for file in files:
+                for connection in file.connections:
+                    counted[connection.topic, connection.msgtype] += connection.msgcount
+            for connection in reader.connections:  # topics without messages
+                counted[connection.topic, connection.msgtype] += 0
+            times = [(int(reader.start_time), int(reader.end_time))] if self.ros1 else _times(files)
+            self.start = min((first for first, _ in times), default=0)
+            if not self.ros1:
+                self._compare_with_metadata(reader, files, times)
         except Exception as error:  # rosbags raises whatever its parser trips over
             self._reader = None
             if self.ros1:
@@ -94,6 +103,35 @@ class Bag:
                 raise BagError(f"{self.path} cannot be read as a ROS 1 bag: {_said(error)}; {mended}") from error
             counted = self._salvage_index(error)
         self.topics = tuple(Topic(*key, count) for key, count in sorted(counted.items()))
+
+    def _compare_with_metadata(self, reader: Any, files: list[Any], times: list[tuple[int, int]]) -> None:
+        """Note where metadata.yaml is not of the storage files beside it. Raises BagError where the bag cannot be read
+        by it: rosbags takes its files one after the other, and of them what metadata.yaml describes in every detail."""
+        if not self.path.is_dir():
+            return
+        listed = set(_listed_files(self.path))
+        for file in storage_files(self.path):
+            if file.name not in listed:
+                self._note(
+                    f"{file.name} was not read: metadata.yaml does not name it; give that file alone, or take "
+                    "metadata.yaml away to have every file read"
+                )
+        if times and reader.start_time > self.start:
+            self._note(
+                f"metadata.yaml lets the bag begin {(reader.start_time - self.start) / 1e9:.3f} s after its first "
+                "message: its time is counted from that message"
+            )
+        if any(later < end - BACK for (_, end), (later, _) in itertools.pairwise(times)):
+            raise BagError("its storage files overlap in time, or metadata.yaml names them in another order")
+        described = [(one.topic, one.msgtype, one.ext, one.digest) for one in reader.connections]
+        for file in files:
+            for one in file.connections:
+                digests = ("", one.digest)
+                if one.msgcount and not any(
+                    (topic, kind, ext) == (one.topic, one.msgtype, one.ext) and (digest in digests or not one.digest)
+                    for topic, kind, ext, digest in described
+                ):
+                    raise BagError(f"metadata.yaml describes {one.topic} otherwise than its storage file")
 
     def _salvage_index(self, error: Exception) -> Counter[tuple[str, str]]:
         """What is in the storage files by going through them. Raises BagError where that is nothing."""
@@ -147,7 +185,8 @@ class Bag:
                 if time != last:
                     last, at_last = time, Counter()
                 at_last[connection.topic, connection.msgtype] += 1
-                yield Stored(connection.topic, connection.msgtype, time, bytes(data))
+                stored = Stored(connection.topic, connection.msgtype, time, bytes(data))
+                yield stored if self.ros1 else unpacked(stored)
             self._files = self._files or storage_files(self.path)
             if not hasattr(self, "_scratch"):
                 self._scratch = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
@@ -173,6 +212,18 @@ class Bag:
 
     def _note(self, sentence: str) -> None:
         self.notes[sentence] = None
+
+
+def _opened_files(reader: rosbag2.Reader) -> list[Any]:
+    """The readers of the storage files behind that of a bag, in the order of metadata.yaml."""
+    return list(getattr(reader.storage, "storages", [reader.storage]))
+
+
+def _times(files: Iterable[Any]) -> list[tuple[int, int]]:
+    """First log time, and last plus one, in nanoseconds, of each of a bag's files that has messages."""
+    return [
+        (int(file.metadata.start_time), int(file.metadata.end_time)) for file in files if file.metadata.message_count
+    ]
 
 
 def _refuse_pointers(bag: Path) -> None:

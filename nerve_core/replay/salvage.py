@@ -25,6 +25,8 @@ _ZSTD = b"\x28\xb5\x2f\xfd"
 """What a message compressed by itself begins with; a serialised one begins with its byte order."""
 _MAGIC = 8
 """Bytes of an mcap file before its first record."""
+_PART = 2**20
+"""Bytes of a packed file that are unpacked at a time."""
 _MAX_RECORD = 2**31
 """Bytes of one record of an mcap file, at most: a damaged length is not believed."""
 
@@ -56,11 +58,15 @@ class _Source(Protocol):
 
 
 def storage_files(bag: Path) -> list[Path]:
-    """The storage files of a bag's folder, in the order of their numbers; a file is one itself."""
+    """The storage files of a bag's folder, in the order of their numbers; a file is one itself.
+
+    Of a file that lies there packed and unpacked, as playing it leaves it, the packed one.
+    """
     if bag.is_file():
         return [bag]
     endings = (*SUFFIXES, *(suffix + _COMPRESSED for suffix in SUFFIXES))
-    files = [path for path in bag.iterdir() if path.name.endswith(endings)]
+    found = {path.name: path for path in bag.iterdir() if path.name.endswith(endings)}
+    files = [path for name, path in found.items() if name + _COMPRESSED not in found]
     return sorted(
         files, key=lambda path: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
     )
@@ -102,12 +108,17 @@ def salvage_in_order(
                 yield whole
 
 
-def _whole(stored: Stored, file: Path, problem: Problem) -> Stored | None:
-    """`stored`, unpacked where it was compressed by itself; None where that cannot be done."""
+def unpacked(stored: Stored) -> Stored:
+    """`stored`, unpacked where it was compressed by itself. Raises ValueError where that cannot be done."""
     if not stored.data.startswith(_ZSTD):
         return stored
+    return Stored(stored.topic, stored.kind, stored.time, _unpack(stored.data))
+
+
+def _whole(stored: Stored, file: Path, problem: Problem) -> Stored | None:
+    """`stored`, unpacked where it was compressed by itself; None where that cannot be done."""
     try:
-        return Stored(stored.topic, stored.kind, stored.time, _unpack(stored.data))
+        return unpacked(stored)
     except ValueError as error:
         problem(f"{file.name}: a message of {stored.topic} cannot be unpacked ({error})")
         return None
@@ -124,11 +135,16 @@ def _unpacked(file: Path, scratch: Path, problem: Problem) -> Path:
 
     target = scratch / file.name.removesuffix(_COMPRESSED)
     if not target.exists():
+        unpacking = zstandard.ZstdDecompressor().decompressobj()
         with file.open("rb") as packed, target.open("wb") as plain:
             try:
-                zstandard.ZstdDecompressor().copy_stream(packed, plain)
+                while not unpacking.eof and (part := packed.read(_PART)):
+                    plain.write(unpacking.decompress(part))
             except zstandard.ZstdError as error:
                 problem(f"{file.name} cannot be unpacked to its end ({error})")
+            else:
+                if not unpacking.eof:
+                    problem(f"{file.name} is cut off: what could be unpacked of it was read")
     return target
 
 

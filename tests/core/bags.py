@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import cv2
 import numpy as np
+import yaml
 from rosbags import rosbag1
+from rosbags.interfaces import Qos
 from rosbags.rosbag2 import CompressionFormat, CompressionMode, StoragePlugin, Writer
 from rosbags.typesys import Stores, get_typestore
 
@@ -71,8 +74,9 @@ def write(
     *,
     plugin: StoragePlugin = StoragePlugin.MCAP,
     compression: CompressionMode = CompressionMode.NONE,
+    qos: Qos | None = None,
 ) -> Path:
-    """A bag of (topic, log time, (type, message or its bytes))."""
+    """A bag of (topic, log time, (type, message or its bytes)). qos: that its topics were offered with."""
     store = typestore()
     writer = Writer(folder, version=8, storage_plugin=plugin)
     writer.set_compression(compression, CompressionFormat.ZSTD)
@@ -80,10 +84,42 @@ def write(
         connections = {}
         for topic, time, (kind, message) in messages:
             if (topic, kind) not in connections:
-                connections[topic, kind] = writer.add_connection(topic, kind, typestore=store)
+                connections[topic, kind] = writer.add_connection(
+                    topic, kind, typestore=store, offered_qos_profiles=() if qos is None else [qos]
+                )
             data = message if isinstance(message, bytes) else store.serialize_cdr(message, kind)
             writer.write(connections[topic, kind], time, data)
     return folder
+
+
+def split(folder: Path, films: Sequence[list], **options: object) -> Path:
+    """A bag of several storage files, bag_0, bag_1, ..., one of each of `films`; options: as of :func:`write`."""
+    joined: dict = {}
+    for number, messages in enumerate(films):
+        part = write(folder.with_name(f"{folder.name} part {number}"), messages, **options)
+        file, info = storage(part), metadata(part)
+        folder.mkdir(exist_ok=True)
+        kept = file.rename(folder / f"{folder.name}_{number}{''.join(file.suffixes)}")
+        shutil.rmtree(part)
+        info["relative_file_paths"] = [kept.name]
+        if joined:
+            joined["relative_file_paths"] += info["relative_file_paths"]
+            joined["message_count"] += info["message_count"]
+            for topic, more in zip(joined["topics_with_message_count"], info["topics_with_message_count"], strict=True):
+                topic["message_count"] += more["message_count"]
+        joined = joined or info
+    return with_metadata(folder, joined)
+
+
+def metadata(bag: Path) -> dict:
+    """What metadata.yaml says."""
+    return yaml.safe_load((bag / "metadata.yaml").read_text())["rosbag2_bagfile_information"]
+
+
+def with_metadata(bag: Path, info: dict) -> Path:
+    """Have metadata.yaml say `info`."""
+    (bag / "metadata.yaml").write_text(yaml.safe_dump({"rosbag2_bagfile_information": info}))
+    return bag
 
 
 def film(count: int, make=raw, topic: str = TOPIC, **options: object) -> list:

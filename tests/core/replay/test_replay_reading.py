@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 
 import cv2
+import mcap.writer
 import numpy as np
 import pytest
+import zstandard
 from rosbags.rosbag2 import CompressionMode, StoragePlugin
 
 import bags
@@ -21,8 +23,9 @@ from nerve_core.replay.frames import (
     read_frames,
     read_vocabulary,
 )
-from nerve_core.replay.messages import IMAGE, STRING, VOCABULARY, typestore
+from nerve_core.replay.messages import COMPRESSED_IMAGE, IMAGE, STRING, VOCABULARY, typestore
 from nerve_core.replay.reading import Bag, BagError
+from nerve_core.replay.writing import qos
 from nerve_core.text.vocabulary import Vocabulary
 
 COUNT = 40
@@ -245,7 +248,146 @@ def test_a_clock_that_jumps_is_noted_and_leaves_the_times_readable(tmp_path, tim
     assert any(words in note for note in notes)
 
 
+# metadata.yaml that is not of the files beside it
+
+PLUGINS = pytest.mark.parametrize("plugin", [StoragePlugin.MCAP, StoragePlugin.SQLITE3])
+
+
+@PLUGINS
+@pytest.mark.parametrize("folder", ["{}", "bag/{}", "/home/robot/bag/{}"])
+def test_a_split_bag_is_read_whatever_folder_its_metadata_puts_before_its_files(tmp_path, plugin, folder):
+    film = bags.film(9)
+    bag = bags.split(tmp_path / "bag", [film[:3], film[3:6], film[6:]], plugin=plugin)
+    info = bags.metadata(bag)
+    info["relative_file_paths"] = [folder.format(name) for name in info["relative_file_paths"]]
+    frames, lost, notes = read(bags.with_metadata(bag, info))
+    assert (numbers(frames), lost, notes) == (list(range(9)), [{}], [])
+
+
+@PLUGINS
+def test_a_bag_begins_with_its_first_message_whatever_its_metadata_says(tmp_path, plugin):
+    """As recorders wrote it that took the start of the last part for that of the whole."""
+    film = bags.film(9)
+    bag = bags.split(tmp_path / "bag", [film[:3], film[3:6], film[6:]], plugin=plugin)
+    info = bags.metadata(bag)
+    info["starting_time"]["nanoseconds_since_epoch"] = START + 6 * STEP
+    info["duration"]["nanoseconds"] = 2 * STEP
+    bags.with_metadata(bag, info)
+    for selection, expected in (({"start": 0.3}, [3, 4, 5, 6, 7, 8]), ({"duration": 0.3}, [0, 1, 2])):
+        frames, _, notes = read(bag, **selection)
+        assert numbers(frames) == expected
+        assert any("begin 0.600 s after its first message" in note for note in notes)
+
+
+@PLUGINS
+def test_a_storage_file_that_the_metadata_does_not_name_is_noted(tmp_path, plugin):
+    film = bags.film(9)
+    bag = bags.split(tmp_path / "bag", [film[:3], film[3:6], film[6:]], plugin=plugin)
+    info = bags.metadata(bag)
+    last = info["relative_file_paths"].pop()
+    frames, _, notes = read(bags.with_metadata(bag, info))
+    assert numbers(frames) == list(range(6))
+    assert any(f"{last} was not read: metadata.yaml does not name it" in note for note in notes)
+    (bag / "metadata.yaml").unlink()
+    assert numbers(read(bag)[0]) == list(range(9))
+
+
+def test_the_count_of_images_is_what_the_files_hold(tmp_path):
+    film = bags.film(9)
+    bag = bags.split(tmp_path / "bag", [film[:3], film[3:]])
+    info = bags.metadata(bag)
+    info["topics_with_message_count"][0]["message_count"] = 100
+    with Bag(bags.with_metadata(bag, info)) as opened:
+        assert Selection((TOPIC,)).count(opened) == 9
+
+
+@PLUGINS
+def test_messages_compressed_one_by_one_are_read_where_the_metadata_forgot_it(tmp_path, plugin):
+    bag = bags.write(tmp_path / "bag", bags.film(4), plugin=plugin, compression=CompressionMode.MESSAGE)
+    frames, lost, _ = read(
+        bags.with_metadata(bag, bags.metadata(bag) | {"compression_format": "", "compression_mode": ""})
+    )
+    assert (numbers(frames), lost) == (list(range(4)), [{}])
+    assert_are_the_pictures(frames)
+
+
+@PLUGINS
+def test_a_packed_file_and_what_playing_it_unpacked_beside_it_are_one(tmp_path, plugin):
+    bag = bags.write(tmp_path / "bag", bags.film(4), plugin=plugin, compression=CompressionMode.FILE)
+    packed = bags.storage(bag)
+    packed.with_suffix("").write_bytes(zstandard.ZstdDecompressor().decompressobj().decompress(packed.read_bytes()))
+    frames, _, notes = read(bag)
+    assert (numbers(frames), notes) == (list(range(4)), [])
+    (bag / "metadata.yaml").unlink()
+    assert numbers(read(bag)[0]) == list(range(4))
+
+
+@PLUGINS
+def test_files_that_the_metadata_names_in_another_order_are_read_in_the_order_of_time(tmp_path, plugin):
+    film = [(topic, time * 20 - 19 * START, made) for topic, time, made in bags.film(9)]  # two seconds apart
+    bag = bags.split(tmp_path / "bag", [film[:3], film[3:6], film[6:]], plugin=plugin)
+    info = bags.metadata(bag)
+    info["relative_file_paths"].reverse()
+    frames, _, notes = read(bags.with_metadata(bag, info))
+    assert [frame.time for frame in frames] == [time for _, time, _ in film]
+    assert any("in another order" in note for note in notes)
+
+
+@PLUGINS
+def test_a_topic_that_the_metadata_describes_otherwise_than_the_file_is_read(tmp_path, plugin):
+    bag = bags.write(tmp_path / "bag", bags.film(4), plugin=plugin)
+    info = bags.metadata(bag)
+    other = bags.metadata(bags.write(tmp_path / "other", bags.film(1), plugin=plugin, qos=qos(latched=True)))
+    info["topics_with_message_count"][0]["topic_metadata"]["offered_qos_profiles"] = other["topics_with_message_count"][
+        0
+    ]["topic_metadata"]["offered_qos_profiles"]
+    frames, _, notes = read(bags.with_metadata(bag, info))
+    assert numbers(frames) == list(range(4))
+    assert any(f"describes {TOPIC} otherwise" in note for note in notes)
+
+
+def test_the_only_image_topic_need_not_be_named_though_it_has_images_of_two_types(tmp_path):
+    bag = bags.write(
+        tmp_path / "bag", bags.film(3) + [(t, time + STEP // 2, m) for t, time, m in bags.film(3, bags.compressed)]
+    )
+    with Bag(bag) as opened:
+        assert choose_topics(opened, []) == (TOPIC,)
+    frames, lost, _ = read(bag)
+    assert ([frame.encoding for frame in frames], lost) == (["rgb8", "compressed"] * 3, [{}])
+
+
+def test_a_bag_whose_only_images_are_a_video_says_that_videos_are_not_decoded(tmp_path):
+    with (tmp_path / "bag.mcap").open("wb") as opened:
+        writer = mcap.writer.Writer(opened)
+        writer.start("ros2", "a recorder")
+        schema = writer.register_schema("foxglove_msgs/msg/CompressedVideo", "ros2msg", b"string format\n")
+        channel = writer.register_channel("/camera/video", "cdr", schema)
+        writer.add_message(channel, START, bytes(12), START)
+        writer.finish()
+    with Bag(tmp_path / "bag.mcap") as bag, pytest.raises(BagError, match=r"no image topic.*videos are not decoded"):
+        choose_topics(bag, [])
+
+
+@pytest.mark.parametrize("start", [b"\0\0\0\1\x67", b"\0\0\1\x40\1"])
+def test_a_part_of_a_video_in_a_compressed_image_is_named(tmp_path, start):
+    data = np.frombuffer(start + bytes(40), np.uint8)
+    made = COMPRESSED_IMAGE, typestore().types[COMPRESSED_IMAGE](bags.header(START), "h264", data)
+    _, lost, _ = read(bags.write(tmp_path / "bag", [(TOPIC, START, made)]))
+    (reason,) = lost[0]
+    assert "a part of a video (H.264 or H.265), neither JPEG nor PNG" in reason
+
+
 # Damage
+
+
+@PLUGINS
+def test_a_packed_file_that_is_cut_off_gives_its_beginning_and_says_so(tmp_path, plugin):
+    bag = bags.write(tmp_path / "bag", bags.film(COUNT, **SIZE), plugin=plugin, compression=CompressionMode.FILE)
+    bags.cut(bags.storage(bag), 0.6)
+    frames, _, notes = read(bag)
+    assert numbers(frames) == list(range(len(frames)))
+    assert COUNT // 4 < len(frames) < COUNT
+    assert any(".zstd is cut off" in note for note in notes)
 
 
 def mcap_bag(tmp_path, compression=CompressionMode.NONE):
