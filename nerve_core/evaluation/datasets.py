@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import math
+import re
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -151,7 +152,9 @@ def open_dataset(name: str, root: Path | str, *, limit: int | None = None) -> Da
     if layout.classes:
         encoding, seen, notes = _find_encoding(name, encodings, labels)
     else:
+        palettes = _palette_notes(classes, labels)
         encoding, seen, notes = _find_reading(classes, labels)
+        notes = (*notes, *palettes)
         if 0 not in encoding.labels.values() and background is None:
             background, threshold = (), 0.0  # every pixel has a class, as in the sets whose background does not count
     _check_classes_occur(name, classes, encoding, labels, seen)
@@ -376,7 +379,10 @@ _STUFF = _Layout(
     threshold=0.0,
     get="get val2017.zip from the COCO site into images/ and stuffthingmaps_trainval2017.zip from the COCO-Stuff "
     "repository (nightrome/cocostuff) into annotations/; converting the labels is not needed",
-    look_alikes={"val2014": "val2014 holds other images than val2017"},
+    look_alikes={
+        "val2014": "val2014 holds other images than val2017",
+        "annotations/instances_val2017.json": "instances_val2017.json holds outlines and no label images",
+    },
 )
 
 _SETS: dict[str, _Layout] = {
@@ -438,6 +444,12 @@ _SETS: dict[str, _Layout] = {
             "class_names.txt": "class_names.txt, as labelme writes it, may be copied to classes.txt: its first line, "
             "_background_, is label 0",
             "SegmentationClassPNG": "SegmentationClassPNG, as labelme writes it, may be renamed to SegmentationClass",
+            "labelmap.txt": "CVAT's masks are in the colours of labelmap.txt: replace every colour by its class's line "
+            "number in classes.txt, background by 0, and rename ImageSets/Segmentation/default.txt to val.txt",
+            "img_dir": "img_dir and ann_dir, as mmsegmentation has them, hold a split's images and labels: move "
+            "those to JPEGImages and SegmentationClass, and list their names without ending in val.txt",
+            "annotations/*.json": "annotations/*.json, as COCO has it, holds outlines and no label images: draw "
+            "them into PNG, each class by its line number",
         },
     ),
 }
@@ -476,9 +488,17 @@ def _read_split(layout: _Layout, place: Path) -> tuple[str, ...]:
     if layout.split:
         path = place / layout.split
         ids = _lines(path)
-        bad = [line for line in ids if len(line.split()) != 1]
+        folders: dict[Path, dict[str, list[Path]]] = {}
+        bad = [
+            line
+            for line in ids
+            if len(line.split()) != 1
+            and not any(_cased(place / image.format(line), folders) for image in layout.images)
+        ]
         if bad:
-            raise DatasetError(f"{path} has the line {bad[0]!r}; it must list one id a line")
+            raise DatasetError(
+                f"{path} has the line {bad[0]!r}; it must list one id a line, and no image is called so as a whole"
+            )
         named = [line for line in ids if Path(line).suffix.lower() in _ENDINGS]
         if named and not (place / layout.images[0].format(named[0])).is_file():
             raise DatasetError(
@@ -531,8 +551,14 @@ def _label_files(
     pattern = next((p for p in patterns if any(_cased(place / p.format(id), folders) for id in ids)), None)
     if pattern is None:
         hints = [hint for glob, hint in layout.look_alikes.items() if any(place.glob(glob))]
+        folder, stems = (place / patterns[0]).parent, {Path(id).name for id in ids}
+        others = [file.name for file in sorted(folder.iterdir()) if file.stem in stems] if folder.is_dir() else []
+        if others:
+            hints.append(
+                f"it holds {others[0]}: labels must be PNG; JPEG changes their values, so convert what it was made of"
+            )
         raise DatasetError(
-            f"{(place / patterns[0]).parent} has no label file of {name}, such as "
+            f"{folder} has no label file of {name}, such as "
             f"{' or '.join(Path(p).name.format(ids[0]) for p in patterns)}: {layout.get}"
             + "".join(f". Note that {hint}" for hint in hints)
         )
@@ -632,6 +658,30 @@ def _find_reading(
     return encoding, seen, (note, *notes)
 
 
+def _palette_notes(classes: _ClassList, files: Sequence[Path]) -> tuple[str, ...]:
+    """Raise DatasetError where an index has one colour in one label file and another in another: the files were written
+    with palettes of their own, by which the same index is another class. A note where classes.txt says by "labels:"
+    that the indices are meant all the same."""
+    colours: dict[int, tuple[tuple[int, ...], Path]] = {}
+    for path in _spread(files):
+        for index, colour in _colours(path).items():
+            first, where = colours.setdefault(index, (colour, path))
+            if first == colour:
+                continue
+            said = (
+                f"label files have palettes of their own: {index} is the colour {first} in {where.name} and "
+                f"{colour} in {path.name}"
+            )
+            if classes.reading:
+                return (f"{said}; the indices are taken, as 'labels: {classes.reading}' says",)
+            raise DatasetError(
+                f"{path.parent}: {said}, so that one index is not one class. Write all of them with one palette, in "
+                f"the order of classes.txt; where the indices are right whatever their colours, write a first line "
+                f"'labels: {_FROM_1}' or 'labels: {_FROM_0}' into {classes.path}"
+            )
+    return ()
+
+
 def _unasked_notes(classes: _ClassList) -> tuple[str, ...]:
     """Which lines of a class list are not looked for."""
     ignored = [*classes.unnumbered, *(line for line in classes.unasked if _unasked(line) == IGNORED)]
@@ -722,6 +772,7 @@ def _read_classes(path: Path) -> _ClassList:
                 raise DatasetError(f"{path} has the line {lines[0]!r}; after labels: may stand {', '.join(_READINGS)}")
         del lines[0]
     unnumbered = lines[:1] if lines and lines[0].lower() == "__ignore__" else []
+    _check_form(path, lines)
     classes = _ClassList(path, tuple(lines[len(unnumbered) :]), tuple(unnumbered), background, reading)
     try:
         vocabulary = Vocabulary(classes.names, negatives=background)
@@ -743,9 +794,38 @@ def _read_classes(path: Path) -> _ClassList:
     return classes
 
 
+_ODD_LISTS = (
+    (r"[\[{].*", any, "it reads as JSON"),
+    (r"-\s.*|.*:", any, "it reads as YAML"),
+    (r"(['\"]).*\1", all, "it has quotes"),
+    (r"\d+\s*[\s:.,;)].*", all, "it has numbers before the names"),
+    (r"[^,]+(,[^,]+){2,}", lambda lines: len(lines) == 1 and any(lines), "it has all names in one line"),
+)
+"""What a class list looks like that is written in another form: an expression for a line, for how many, in words."""
+
+
+def _check_form(path: Path, lines: Sequence[str]) -> None:
+    """Raise DatasetError where a class list is plainly in another form, whose signs would become part of the names."""
+    for expression, quantity, said in _ODD_LISTS:
+        found = [re.fullmatch(expression, line) is not None for line in lines]
+        if lines and quantity(found):
+            raise DatasetError(
+                f"{path} has the line {lines[found.index(True)]!r}: {said}; it must have one class a line, the name "
+                "alone, synonyms by |"
+            )
+
+
 def _values(path: Path) -> frozenset[int]:
     """The raw values that occur in a label file."""
     return frozenset(np.flatnonzero(np.bincount(_read_labels(path).ravel(), minlength=256)).tolist())
+
+
+def _colours(path: Path) -> dict[int, tuple[int, ...]]:
+    """The colour of each index that occurs in a label file with a palette, but for 255, which is no class."""
+    with _opened(path) as image:
+        palette = (image.getpalette() or []) if image.mode == "P" else []
+    triples = list(zip(palette[::3], palette[1::3], palette[2::3], strict=True))
+    return {index: triples[index] for index in _values(path) - {IGNORED} if index < len(triples)} if triples else {}
 
 
 def _read_labels(path: Path) -> np.ndarray:

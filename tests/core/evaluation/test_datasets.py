@@ -460,6 +460,10 @@ def test_an_empty_folder_is_told_what_is_missing_and_where_to_get_it(name, tmp_p
         ("voc21", "SegmentationClassAug", "SBD"),
         ("pc60", "annotations_detectron2/pc59_val", "0 to 58"),
         ("coco-stuff", "val2014", "val2017"),
+        ("coco-object", "annotations/instances_val2017.json", "outlines and no label images"),
+        ("folder", "annotations/instances.json", "outlines and no label images"),
+        ("folder", "labelmap.txt", "CVAT's masks are in the colours of labelmap.txt"),
+        ("folder", "img_dir/val", "as mmsegmentation has them"),
     ],
 )
 def test_a_look_alike_of_a_set_is_named(name, there, said, tmp_path):
@@ -727,6 +731,88 @@ def test_lists_are_read_as_editors_leave_them(encoding, end, tmp_path):
     found = open_dataset("folder", root)
     assert found.names == ("café", "cat")
     assert truth_of(found) == [0, 1, 2]
+
+
+def own_palettes(root: Path, colours: np.ndarray) -> None:
+    """Write the label files of a folder anew, each with the colours that occur in it alone, in their order there."""
+    for path in sorted((root / "SegmentationClass").glob("*.png")):
+        indices = np.array(Image.open(path))
+        used = np.unique(indices)
+        picture = Image.fromarray(np.searchsorted(used, indices).astype(np.uint8))
+        picture.putpalette(colours[used].tobytes())
+        picture.save(path)
+
+
+def test_label_files_with_palettes_of_their_own_are_refused_unless_their_indices_are_said_to_be_meant(tmp_path):
+    root = own_folder(tmp_path, "cat\ndog\ncow\n", [[0, 1, 3], [0, 2, 3], [0, 1, 2]])
+    colours = np.frombuffer(voc_colours(), np.uint8).reshape(-1, 3)
+    own_palettes(root, colours)
+    with pytest.raises(
+        DatasetError, match=r"palettes of their own: 1 is the colour \(128, 0, 0\) in .*'labels: from 1'"
+    ):
+        open_dataset("folder", root)
+    (root / "classes.txt").write_text("labels: from 1\ncat\ndog\ncow\n")
+    (note,) = open_dataset("folder", root).notes
+    assert "the indices are taken, as 'labels: from 1' says" in note
+
+
+def test_label_files_with_and_without_palettes_and_with_shorter_ones_are_read(tmp_path):
+    root = own_folder(tmp_path, "labels: from 1\ncat\ndog\n", [[0, 1, 2], [0, 1, 2], [0, 1, 255]])
+    colours = voc_colours()
+    for path, length in zip(sorted((root / "SegmentationClass").glob("*.png")), (256, 3, 0), strict=True):
+        picture = Image.open(path)
+        if length:
+            picture.putpalette(colours[: 3 * length])
+        picture.save(path)
+    assert open_dataset("folder", root).notes == ()
+
+
+def test_ids_may_have_blanks_where_an_image_is_called_so(tmp_path):
+    ids = ["front camera 0", "front camera 1 (copy)"]
+    (tmp_path / "classes.txt").write_text("cat\n")
+    pairs = [(np.zeros((1, 2, 3), np.uint8), np.array([[0, 1]], np.uint8)) for _ in ids]
+    root = write_files(tmp_path, pairs, **VOC_FILES, ids=ids)
+    assert [sample.id for sample in open_dataset("folder", root).samples] == ids
+    (root / "ImageSets/Segmentation/val.txt").write_text("front camera 0  1\n")
+    with pytest.raises(
+        DatasetError, match="'front camera 0  1'; it must list one id a line, and no image is called so"
+    ):
+        open_dataset("folder", root)
+
+
+@pytest.mark.parametrize(
+    ("classes", "said"),
+    [
+        ('["cat", "dog"]', "reads as JSON"),
+        ("names:\n  - cat\n  - dog", "reads as YAML"),
+        ("- cat\n- dog", "reads as YAML"),
+        ("'cat'\n'dog'", "has quotes"),
+        ("1: cat\n2: dog", "has numbers before the names"),
+        ("0 cat\n1 dog", "has numbers before the names"),
+        ("1\tcat\n2\tdog", "has numbers before the names"),
+        ("cat, dog, cow", "has all names in one line"),
+    ],
+)
+def test_a_class_list_in_another_form_is_refused(classes, said, tmp_path):
+    with pytest.raises(DatasetError, match=rf"classes\.txt has the line .*: it {said}; it must have one class a line"):
+        open_dataset("folder", own_folder(tmp_path, classes, [[0, 1, 2]]))
+
+
+def test_names_with_numbers_hyphens_and_commas_are_names(tmp_path):
+    names = ("7 up", "t-shirt", "traffic light, red", 'the "big" one')
+    assert open_dataset("folder", own_folder(tmp_path, "\n".join(names), [[0, 1, 4]])).names == names
+
+
+@pytest.mark.parametrize("ending", [".jpg", ".bmp", ".tif"])
+def test_labels_that_are_no_png_are_named(ending, tmp_path):
+    root = own_folder(tmp_path, "cat\n", [[0, 1]])
+    (path,) = (root / "SegmentationClass").glob("*.png")
+    Image.open(path).save(path.with_suffix(ending))
+    path.unlink()
+    with pytest.raises(
+        DatasetError, match=rf"holds 2008_000000\{ending}: labels must be PNG; JPEG changes their values"
+    ):
+        open_dataset("folder", root)
 
 
 @pytest.mark.parametrize("line", ["2008_000000.png", "2008_000000.JPG", "JPEGImages/2008_000000.png"])
