@@ -6,6 +6,7 @@ import contextlib
 import copy
 import json
 import logging
+import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,15 @@ from diffusers.models import AutoencoderKL, AutoencoderTiny, UNet2DConditionMode
 from diffusers.models.resnet import ResnetBlock2D
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig, PreTrainedModel
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    PreTrainedModel,
+)
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from ..errors import ModelError
@@ -31,6 +40,7 @@ from .pairs import Source
 from .weights import CLIP_FILES, DIFFUSION_FILES, HALF, TAESD_FILES, identity, local_folder, weight_file
 
 Pretrained = TypeVar("Pretrained", bound=PreTrainedModel)
+_PHRASE = "a photo of a mug."
 Described = TypeVar("Described", AutoencoderKL, AutoencoderTiny, UNet2DConditionModel)
 
 
@@ -62,6 +72,7 @@ def load_clip(
         weights = weight_file(folder, "model", half=dtype == torch.float16)
         model = _pretrained(CLIPModel, folder, weights, dtype)
         tokenizer = load_tokenizer(folder)
+        check_tokens(tokenizer, of_class(model.config.text_config, CLIPTextConfig, "text_config"))
         known_by = f"{identity(folder, weights.name)}:{dtype}"
     model.set_attn_implementation("sdpa")
     return LoadedClip(_ready(model, device), tokenizer, known_by)
@@ -139,6 +150,28 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
     if "tokenizer.json" not in files and len(files) < 2:
         raise FileNotFoundError(f"{folder} has neither tokenizer.json nor vocab.json and merges.txt")
     return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def check_tokens(tokenizer: CLIPTokenizer, text: CLIPTextConfig, *, pooled: bool = True) -> None:
+    """Raise ValueError where a text model cannot read what a tokenizer writes: a token that it does not know, or an end
+    of text that is not where it reads the meaning, so that all texts would mean the same.
+
+    pooled: whether the text's end is read, as CLIP does it; a diffusion model reads every token.
+    """
+    tokens = tokenizer(_PHRASE).input_ids
+    if max(tokens) >= text.vocab_size:
+        raise ValueError(
+            f"its tokenizer makes token {max(tokens)} and its text model knows {text.vocab_size}; take the tokenizer "
+            "that belongs to the model"
+        )
+    # transformers: where eos_token_id is 2, as in all configurations before 2023, the end is the largest number.
+    end = max(tokens) if text.eos_token_id == 2 else text.eos_token_id
+    if pooled and end != tokens[-1]:
+        raise ValueError(
+            f"its tokenizer ends a text with token {tokens[-1]} and its text model looks for {end}, so that all names "
+            "would be one; take the tokenizer that belongs to the model, or correct eos_token_id in config.json's "
+            "text_config"
+        )
 
 
 @torch.inference_mode()
@@ -274,7 +307,8 @@ def _as_model_error(what: str, folder: Path) -> Iterator[None]:
     except Exception as error:  # the libraries raise many kinds; all mean that the folder does not hold the model
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise ModelError(
-            f"{what} in {folder} cannot be loaded: {reason}; fetch it again or name another folder"
+            f"{what} in {folder} cannot be loaded: {reason}; fetch it again or name another folder (nerve models "
+            f"verify {shlex.quote(str(folder))} says which of its files is at fault)"
         ) from error
 
 

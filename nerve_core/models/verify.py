@@ -22,11 +22,12 @@ from ..networks.diffusion import noise_levels
 from ..networks.parts import of_class, submodule
 from ..settings import Settings
 from ..text.vocabulary import SYNONYM_SEPARATOR, listed
+from .loading import check_tokens
 from .pairs import ModelPair, Source, find_pair
 from .weights import FILES, PICKLES, cached_folder, digest, in_words, weight_file
 
 _PHRASE = "a photo of a mug."
-_FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _HEADER_LIMIT = 100 << 20  # bytes; the format's own
 _OLD_ATTENTION = (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0"))
@@ -139,7 +140,7 @@ def _clip(report: _Report, folder: Path, source: Source) -> None:
     with report.part("clip tokenizer"):
         config = CLIPConfig.from_dict(_json(folder / "config.json"))
         text = of_class(config.text_config, CLIPTextConfig, "text_config")
-        _tokenizer(report, "clip tokenizer", folder, text)
+        _tokenizer(report, "clip tokenizer", folder, text, pooled=True)
 
 
 def _diffusion(report: _Report, folder: Path, source: Source) -> UNet2DConditionModel | None:
@@ -158,7 +159,7 @@ def _diffusion(report: _Report, folder: Path, source: Source) -> UNet2DCondition
         _weights(report, "text encoder", folder, "text_encoder/model", lambda: CLIPTextModel(text), source)
     if text is not None:
         with report.part("tokenizer"):
-            _tokenizer(report, "tokenizer", folder / "tokenizer", text)
+            _tokenizer(report, "tokenizer", folder / "tokenizer", text, pooled=False)
     with report.part("vae"):
         vae = _config(folder, "vae/config.json", "_class_name", "AutoencoderKL")
         stem = "vae/diffusion_pytorch_model"
@@ -414,18 +415,17 @@ def _finite(path: Path) -> None:
                 raise _Fault(f"{bad} values of {name} in {path} are not finite; {_FETCH}")
 
 
-def _tokenizer(report: _Report, place: str, folder: Path, text: CLIPTextConfig) -> None:
-    """Encode a phrase and decode it again. Raises _Fault."""
+def _tokenizer(report: _Report, place: str, folder: Path, text: CLIPTextConfig, *, pooled: bool) -> None:
+    """Encode a phrase and decode it again. pooled: as of `check_tokens`. Raises _Fault."""
     files = {name for name in ("tokenizer.json", "vocab.json", "merges.txt") if (folder / name).is_file()}
     if "tokenizer.json" not in files and len(files) < 2:
         raise _Fault(f"{folder} has neither tokenizer.json nor vocab.json and merges.txt; {_FETCH}")
     tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     ids = tokenizer(_PHRASE).input_ids
-    if max(ids) >= text.vocab_size:
-        raise _Fault(
-            f"it makes token {max(ids)} and the text model knows {text.vocab_size}; take the tokenizer that belongs "
-            "to the model"
-        )
+    try:
+        check_tokens(tokenizer, text, pooled=pooled)
+    except ValueError as error:
+        raise _Fault(str(error)) from error
     back = tokenizer.decode(ids, skip_special_tokens=True)
     if back.replace(" ", "") != _PHRASE.replace(" ", ""):
         raise _Fault(f"{_PHRASE!r} comes back as {back!r}; take the tokenizer that belongs to the model")

@@ -5,6 +5,7 @@ import logging
 import os
 import pickle
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import safetensors.torch
 import torch
 from diffusers import AutoencoderTiny
 
+import nerve_core
 from nerve_core import ModelError, Segmenter, Vocabulary
 from nerve_core.models import loading
 from nerve_core.models.loading import load_clip, load_diffusion, quiet_libraries
@@ -50,6 +52,51 @@ def load_parts(pair, part, dtype=torch.float32, taps=((1, 0), (1, 1)), **options
     if part == "clip":
         return load_clip(Source(str(pair / part)), CPU, dtype, **places)
     return load_diffusion(Source(str(pair / part)), CPU, dtype, taps, **places, **options)
+
+
+# --- tokens -------------------------------------------------------------------------------------------------
+
+
+def with_text_settings(pair, **changes):
+    """Change what CLIP's config.json says of the text model; None takes an entry away."""
+    path = pair / "clip/config.json"
+    content = json.loads(path.read_text())
+    text = content["text_config"] | changes
+    content["text_config"] = {name: value for name, value in text.items() if value is not None}
+    replace(path, json.dumps(content).encode())
+
+
+@pytest.mark.parametrize("end", [None, 5], ids=["none, so that it is the library's own", "another"])
+def test_a_clip_that_looks_for_another_end_of_text_than_its_tokenizer_writes_is_refused(pair, end):
+    """It would read every name's meaning at its first token, so that all names were one."""
+    with_text_settings(pair, eos_token_id=end)
+    with pytest.raises(ModelError, match=r"so that all names would be one.*correct eos_token_id in config.json"):
+        load(pair)
+
+
+def test_the_end_of_text_of_old_configurations_is_the_largest_token(pair):
+    with_text_settings(pair, eos_token_id=2, bos_token_id=0, pad_token_id=1)
+    with pytest.raises(ModelError, match="so that all names would be one"):
+        load(pair)  # this tokenizer's end of text has the number 1
+    segmenter = Segmenter.from_pretrained("embedded", device="cpu")
+    embedded = Path(nerve_core.__file__).parent / "embedded"
+    copy = Path(shutil.copytree(embedded, pair.parent / "copy"))
+    with_text_settings(copy, eos_token_id=2, bos_token_id=0, pad_token_id=1)
+    wanted = Vocabulary(["ball", "cube"])
+    found = load(copy, remember=False).embed(wanted).embeddings
+    torch.testing.assert_close(found, segmenter.embed(wanted).embeddings)
+
+
+def test_a_tokenizer_whose_tokens_the_text_model_does_not_know_is_refused(pair):
+    with_text_settings(pair, vocab_size=100)
+    path = pair / WEIGHTS["clip"]
+    tensors = {name: tensor.clone() for name, tensor in safetensors.torch.load_file(path).items()}
+    (name,) = [name for name in tensors if name.endswith("token_embedding.weight")]
+    tensors[name] = tensors[name][:100].contiguous()
+    path.unlink()
+    safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="its text model knows 100; take the tokenizer that belongs to the model"):
+        load(pair)
 
 
 # --- weights ------------------------------------------------------------------------------------------------
@@ -96,7 +143,9 @@ def test_damaged_weights_are_refused_with_the_folder_and_the_remedy(pair, part, 
     path = pair / WEIGHTS[part]
     content = path.read_bytes()
     replace(path, {"cut off": content[: len(content) // 2], "empty": b"", "garbage": b"\x07" * 4096}[damage])
-    with pytest.raises(ModelError, match=r"cannot be loaded: .*; fetch it again or name another folder") as error:
+    with pytest.raises(
+        ModelError, match=r"cannot be loaded: .*; fetch it again .* \(nerve models verify .* says which"
+    ) as error:
         load(pair)
     assert str(pair / WEIGHTS[part].split("/")[0]) in str(error.value)
 

@@ -243,7 +243,7 @@ def test_a_tensor_of_another_shape_is_named_with_both_shapes(pair, file):
 
 def test_weights_of_a_type_that_cannot_be_loaded_are_said(pair):
     rewrite(pair / UNET, lambda tensors: {name: tensor.to(torch.int8) for name, tensor in tensors.items()})
-    assert "has weights of type I8; F32, F16, BF16 are accepted" in the_fault(pair)
+    assert "has weights of type I8; F64, F32, F16, BF16 are accepted" in the_fault(pair)
 
 
 def test_tensors_that_nothing_uses_are_noted(pair):
@@ -379,7 +379,22 @@ def test_a_tokenizer_of_another_model_is_said(pair):
     tokenizer.save_pretrained(pair / "other")
     for file in (pair / "other").iterdir():
         replace(pair / "clip" / file.name, file.read_bytes())
-    assert "clip tokenizer: it makes token 514 and the text model knows 514; take the tokenizer" in the_fault(pair)
+    assert (
+        "clip tokenizer: its tokenizer makes token 514 and its text model knows 514; take the tokenizer"
+        in the_fault(pair)
+    )
+
+
+def test_an_end_of_text_that_is_another_in_the_tokenizer_is_said(pair):
+    path = pair / "clip/config.json"
+    describe(path, text_config=json.loads(path.read_text())["text_config"] | {"eos_token_id": 5})
+    assert "clip tokenizer: its tokenizer ends a text with token 1 and its text model looks for 5" in the_fault(pair)
+
+
+def test_weights_of_64_bits_pass_since_they_are_loaded(pair):
+    rewrite(pair / UNET, lambda tensors: {name: tensor.double() for name, tensor in tensors.items()})
+    assert faults(pair) == []
+    Segmenter.from_pretrained(str(pair), device="cpu")
 
 
 def test_a_tokenizer_that_does_not_give_the_words_back_is_said(pair):
@@ -459,6 +474,7 @@ def test_the_true_architectures_are_checked_without_their_weights_in_memory(tmp_
             "patch_size": 14,
         }
         words = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "vocab_size": 514}
+        words["eos_token_id"] = byte_tokenizer().eos_token_id
         clip = CLIPModel(CLIPConfig(text_config=words, vision_config=vision, projection_dim=768))
     for folder, model in (("diffusion/unet", unet), ("diffusion/vae", vae)):
         model.save_config(tmp_path / folder)
