@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import traceback
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ THROTTLE = 5.0
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run the node until SIGINT or SIGTERM, then end the process.
+    """Run the node until SIGINT, SIGTERM or, of a terminal that is closed, SIGHUP, then end the process.
 
     Its exit code is 0, 2 where the node cannot be started as asked, or 70 where it was stuck (exit_when_stuck).
     """
@@ -32,6 +33,7 @@ def main(args: list[str] | None = None) -> int:
     # on rclpy's own handler ends the spinning, and Python's would raise KeyboardInterrupt wherever it happens to be.
     interrupted: list[int] = []
     signal.signal(signal.SIGINT, lambda number, frame: interrupted.append(number))
+    _take_hangup_for_termination()
     # Python's warnings are for whoever writes the libraries, and a robot's log is not theirs.
     logging.captureWarnings(True)
     logging.getLogger("py.warnings").setLevel(logging.ERROR)
@@ -80,6 +82,21 @@ def main(args: list[str] | None = None) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _take_hangup_for_termination() -> None:
+    """Have SIGHUP end the process as SIGTERM does, in order: killed by it, it would leave Fast DDS's shared memory
+    behind. Nothing where SIGHUP is ignored, as nohup has it."""
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_DFL:
+        return
+    # rclpy waits in C++, where no handler of Python's runs: a thread waits for the signal instead.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+
+    def wait() -> None:
+        signal.sigwait({signal.SIGHUP})
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, name="hangup", daemon=True).start()
 
 
 class _RosLog(logging.Handler):

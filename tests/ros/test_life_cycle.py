@@ -184,14 +184,15 @@ def test_an_interrupt_while_loading_ends_the_node_cleanly(rig):
     end(rig, signal.SIGINT)
 
 
-def test_an_interrupt_in_mid_stream_ends_the_node_cleanly(rig):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP], ids=["Ctrl-C", "the terminal is closed"])
+def test_an_interrupt_in_mid_stream_ends_the_node_cleanly(rig, number):
     rig.restart(vocabulary=NAMES)
     rig.node.wait_active()
     rig.talker.do("advertise", topic="image")
     since = rig.listener.mark()
     rig.talker.do("stream", picture=PICTURE, rate=20.0)
     rig.listener.wait("mask", since=since)
-    end(rig, signal.SIGINT)
+    end(rig, number)
 
 
 def test_a_killed_node_comes_back_with_the_vocabulary_that_is_still_published(rig):
