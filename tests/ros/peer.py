@@ -27,6 +27,7 @@ from rcl_interfaces.msg import Parameter as ParameterMessage
 from rcl_interfaces.srv import DescribeParameters, GetParameters, ListParameters, SetParameters
 from rclpy.event_handler import PublisherEventCallbacks
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
+from rclpy.node import NodeNameNonExistentError
 from rclpy.parameter import Parameter, parameter_value_to_python
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image, RegionOfInterest
@@ -467,13 +468,17 @@ class Peer:
         return {"state": state.label}
 
     def do_graph(self, *, node: str, namespace: str = "/") -> dict:
-        """What a node has on the network: name -> types, by kind."""
-        return {
-            "publishers": dict(self.node.get_publisher_names_and_types_by_node(node, namespace)),
-            "subscriptions": dict(self.node.get_subscriber_names_and_types_by_node(node, namespace)),
-            "services": dict(self.node.get_service_names_and_types_by_node(node, namespace)),
-            "clients": dict(self.node.get_client_names_and_types_by_node(node, namespace)),
+        """What a node has on the network: name -> types, by kind; nothing of one that is not discovered yet."""
+        kinds = {
+            "publishers": self.node.get_publisher_names_and_types_by_node,
+            "subscriptions": self.node.get_subscriber_names_and_types_by_node,
+            "services": self.node.get_service_names_and_types_by_node,
+            "clients": self.node.get_client_names_and_types_by_node,
         }
+        try:
+            return {kind: dict(names(node, namespace)) for kind, names in kinds.items()}
+        except NodeNameNonExistentError:
+            return dict.fromkeys(kinds, {})
 
     # The pipe.
 
