@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import ModelError, OutOfMemory
+from .errors import ModelError, OutOfMemory, not_finite
 from .models.loading import bfloat16_is_faster, load_clip, load_diffusion
 from .models.pairs import ModelPair, Source, find_pair
 from .models.weights import hub_is_off
@@ -165,7 +165,7 @@ class Segmenter:
         cache = None if cache_dir is None or cache_dir == "" else Path(cache_dir).expanduser()
         if where.type == "cuda":  # sums of half-precision products stay in float32
             torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
-        embeddings = EmbeddingCache(cache or cache_folder()) if remember else None
+        embeddings = _embedding_cache(cache) if remember else None
         places: dict[str, Any] = {"cache_dir": None if cache is None else str(cache), "offline": offline}
 
         precision = _precision(dtype, where)
@@ -327,9 +327,7 @@ class Segmenter:
         asked = [_queries_of(queries.vocabulary, label) for label in maps]
         read = read_out(G, refined.P, queries.classes, names, self.grid, encoded.size, config, asked, drawn).to_host()
         if not bool(read.presence.isfinite().all()):
-            raise RuntimeError(
-                f"the networks' values overflow in {str(self.dtype).removeprefix('torch.')}; use precision bf16 or fp32"
-            )
+            raise not_finite("the networks'", str(self.dtype).removeprefix("torch."))
         labels, confidence = read.labels.numpy(), read.confidence.numpy()
         found = describe_classes(queries.names, read)
         watch.lap("readout")
@@ -454,6 +452,16 @@ def find_device(name: str) -> torch.device:
     if device.type == "cuda" and device.index is None:  # another device may be the current one later
         device = torch.device("cuda", torch.cuda.current_device())
     return device
+
+
+def _embedding_cache(folder: Path | None) -> EmbeddingCache | None:
+    """The cache of text embeddings in `folder`, or where None in the user's; None, and a warning, where there is none:
+    it is never a reason to fail."""
+    try:
+        return EmbeddingCache(folder or cache_folder())
+    except OSError as error:
+        _log.warning("text embeddings are not kept: %s", error)
+        return None
 
 
 def _precision(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import not_finite
 from ..models.pairs import find_pair
 from ..networks.dense_clip import ClipConfig
 from ..networks.diffusion import DiffusionConfig
@@ -184,10 +185,7 @@ class Variants:
         drawn = None if edges is None else carry_labels(*what, s.readout, edges)
         read = read_out(*what, size, s.readout, drawn=drawn)
         if not bool(read.presence.isfinite().all()):
-            raise RuntimeError(
-                f"the networks' values overflow in {str(segmenter.dtype).removeprefix('torch.')}; "
-                "use precision bf16 or fp32"
-            )
+            raise not_finite("the networks'", str(segmenter.dtype).removeprefix("torch."))
         return Mask(read.labels.cpu().numpy(), once.seconds())
 
     def _refined(self, variant: Variant, segmenter: Segmenter, Q: Tensor, K: Tensor, G: Tensor, once: _Once) -> Tensor:

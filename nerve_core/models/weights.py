@@ -33,6 +33,8 @@ _log = logging.getLogger(__name__)
 
 HALF = ".fp16"  # in the names of half-precision weights: model.fp16.safetensors
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+_SHARD = r"{}(\.\w+)?-\d{{5}}-of-\d{{5}}(\.\w+)?\.safetensors"
+"""One file of weights in several, by their stem."""
 _TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
 _SPARE_BYTES = 100 << 20  # what a download leaves free on the disk
 _ANSWER_SECONDS = 20.0
@@ -285,8 +287,14 @@ def fetch(download: Download) -> Path:
 
 
 def hub_cache(cache_dir: str | os.PathLike[str] | None = None) -> Path:
-    """The folder of the hub's cache."""
-    return Path(cache_dir or constants.HF_HUB_CACHE).expanduser()
+    """The folder of the hub's cache. Raises ModelError for a user without a home folder who names none."""
+    try:
+        return Path(cache_dir or constants.HF_HUB_CACHE).expanduser()
+    except RuntimeError:
+        raise ModelError(
+            "this user has no home folder for the hub's cache; name one by HF_HOME, HF_HUB_CACHE or --cache-dir (the "
+            "parameter cache_dir)"
+        ) from None
 
 
 def weight_file(folder: Path, stem: str, *, half: bool) -> Path:
@@ -401,6 +409,14 @@ def _stem(name: str) -> str:
 def _missing(names: Sequence[str], stems: Collection[str], present: Collection[str]) -> str:
     """A sentence about missing files. stems: the weights among them."""
     said = f"it has no {', '.join(names)}"
+    parts = [
+        name for stem in sorted(stems) for name in sorted(present) if re.fullmatch(_SHARD.format(re.escape(stem)), name)
+    ]
+    if parts:
+        return (
+            f"{said}; weights in several files ({parts[0]} and others) are not read: join them, by "
+            "safetensors.torch.load_file of each and save_file of all their tensors under that name"
+        )
     folders = {stem.rpartition("/")[0] for stem in stems}
     pickles = sorted(name for name in present if name.endswith(PICKLES) and name.rpartition("/")[0] in folders)
     if pickles:

@@ -28,10 +28,16 @@ _log = logging.getLogger(__name__)
 
 
 def cache_folder() -> Path:
-    """Where embeddings are kept: NERVE_CACHE, else nerve_ros in the user's cache folder."""
-    if own := os.environ.get("NERVE_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "nerve_ros"
+    """Where embeddings are kept: NERVE_CACHE, else nerve_ros in the user's cache folder. Raises OSError for a user
+    without a home folder, as containers have them."""
+    try:
+        if own := os.environ.get("NERVE_CACHE"):
+            return Path(own).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "nerve_ros"
+    except RuntimeError:
+        raise OSError(
+            "this user has no home folder: there is no HOME, and no entry among the users; name a folder by NERVE_CACHE"
+        ) from None
 
 
 def space_of(*parts: str) -> str:

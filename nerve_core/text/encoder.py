@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer
 
+from ..errors import not_finite
 from .cache import EmbeddingCache, space_of
 from .limits import TokenLimit
 from .vocabulary import Vocabulary
@@ -132,8 +133,7 @@ class TextEncoder:
         pooled = self._clip.text_model(input_ids=rows.to(self._clip.device)).pooler_output
         vectors = F.normalize(self._clip.text_projection(pooled).float(), dim=-1).cpu()
         if not vectors.isfinite().all():
-            precision = str(self._clip.dtype).removeprefix("torch.")
-            raise RuntimeError(f"the text model's values overflow in {precision}; use precision bf16 or fp32")
+            raise not_finite("the text model's", str(self._clip.dtype).removeprefix("torch."))
         return vectors
 
     def _recalled(self, words: Iterable[str]) -> dict[str, np.ndarray]:

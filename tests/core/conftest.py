@@ -1,6 +1,7 @@
 """What every test of the core shares: one thread, no time limits on property tests, nothing of the user's, a pair."""
 
 import os
+import pwd
 import shutil
 import sys
 from pathlib import Path
@@ -39,6 +40,19 @@ def whole_pair(tmp_path_factory) -> Path:
 def pair(whole_pair, tmp_path) -> Path:
     """A copy of the small pair that a test may damage; its files are hard links until `replace` is used."""
     return Path(shutil.copytree(whole_pair, tmp_path / "pair", copy_function=os.link))
+
+
+@pytest.fixture
+def no_home(monkeypatch):
+    """A user as containers have them that run with any number: without HOME, and without an entry in the list of
+    users."""
+
+    def unknown(number: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {number}")
+
+    for name in ("HOME", "NERVE_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
 
 
 @pytest.fixture

@@ -140,7 +140,7 @@ def test_pixels_are_compared_before_the_readout_and_once_for_two_readouts(monkey
 def test_values_that_overflow_are_said_and_not_scored(together, monkeypatch):
     taps = together.segmenters["nerve"].frame_part.taps
     monkeypatch.setattr(type(taps), "__call__", lambda self, image: (torch.full((10, 1728, 16), float("nan")),) * 2)
-    with pytest.raises(RuntimeError, match="overflow in float32"):
+    with pytest.raises(RuntimeError, match="not finite in float32"):
         together(SCENE.image, VOCABULARY, only=["nerve"])
 
 

@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -26,6 +27,7 @@ from nerve_core.models.weights import (
     cached_folder,
     check_space,
     fetch,
+    hub_cache,
     identity,
     in_words,
     local_folder,
@@ -472,6 +474,24 @@ def test_a_weight_file_is_found_in_the_precision_asked_for_and_else_in_the_other
     assert weight_file(tmp_path, stem, half=False) == whole
     whole.unlink()
     assert weight_file(tmp_path, stem, half=False) == half
+
+
+@pytest.mark.parametrize("names", ["{}-0000{}-of-00002.safetensors", "{}.fp16-0000{}-of-00002.safetensors"])
+def test_weights_in_several_files_are_named_with_what_makes_one_of_them(tmp_path, names):
+    for number in (1, 2):
+        file = tmp_path / "unet" / names.format("diffusion_pytorch_model", number)
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
+    first = re.escape(names.format("diffusion_pytorch_model", 1))
+    with pytest.raises(FileNotFoundError, match=rf"several files \(unet/{first} and others\) are not read: join them"):
+        weight_file(tmp_path, "unet/diffusion_pytorch_model", half=False)
+
+
+def test_a_user_without_a_home_is_told_to_name_a_cache(no_home, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", "~/.cache/huggingface/hub")  # as the hub's library leaves it then
+    with pytest.raises(ModelError, match=r"no home folder.*name one by HF_HOME"):
+        hub_cache()
+    assert hub_cache("/models") == Path("/models")
 
 
 @pytest.mark.parametrize("pickle", ["pytorch_model.bin", "model.ckpt"])

@@ -182,11 +182,18 @@ def test_memory_is_bounded_and_the_words_in_use_stay(clip, tokenizer, monkeypatc
     assert counted.texts.count("ball") == 1
 
 
-def test_half_precision_overflow_is_said_and_not_remembered(tokenizer, tmp_path):
-    clip = small_clip()
+@pytest.mark.parametrize(
+    ("dtype", "said"),
+    [
+        (torch.float32, "not finite in float32: a weight is damaged; nerve models verify --deep"),
+        (torch.bfloat16, "overflow in bfloat16; use precision bf16 or fp32"),
+    ],
+)
+def test_values_that_are_not_finite_are_said_and_not_remembered(tokenizer, tmp_path, dtype, said):
+    clip = small_clip().to(dtype)
     clip.text_projection.weight.data[0] = torch.inf
     encoder = TextEncoder(clip, tokenizer, TEMPLATES, identity="x", cache=EmbeddingCache(tmp_path))
-    with pytest.raises(RuntimeError, match="overflow in float32; use precision bf16 or fp32"):
+    with pytest.raises(RuntimeError, match=said):
         encoder(["ball"])
     assert not encoder._known
     assert not list(tmp_path.iterdir())

@@ -80,6 +80,11 @@ def test_the_folder_is_the_users_unless_the_environment_says_otherwise(monkeypat
     assert cache_folder() == tmp_path / "own"
 
 
+def test_a_user_without_a_home_is_told_to_name_a_folder(no_home):
+    with pytest.raises(OSError, match=r"no home folder.*name a folder by NERVE_CACHE"):
+        cache_folder()
+
+
 def test_what_is_not_finite_is_refused_and_nothing_of_its_put_is_kept(tmp_path):
     cache = EmbeddingCache(tmp_path)
     for wrong in (np.nan, np.inf):
