@@ -56,7 +56,7 @@ def read_settings(pairs: Iterable[str] | None) -> dict[str, Any]:
         if pair.startswith("@"):
             path = Path(pair[1:])
             try:
-                content = json.loads(path.read_text())
+                content = json.loads(path.read_text("utf-8-sig"))
             except ValueError as error:
                 raise ValueError(f"--set {pair}: {path} is no JSON ({error})") from None
             if not isinstance(content, dict):

@@ -141,7 +141,7 @@ def read_roots(path: Path) -> dict[str, Path]:
     from .datasets import DATASETS
 
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.safe_load(path.read_text("utf-8-sig"))
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict) or not all(isinstance(root, str) for root in content.values()):

@@ -139,7 +139,7 @@ def _is_hub_id(text: str) -> bool:
 def _read(path: Path) -> ModelPair:
     """The pair that a JSON file describes. Raises ModelError."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text("utf-8-sig"))
         known = {"name", "clip", "diffusion", "settings", "cpu_precision", "taesd", "knows", "trained_on"}
         _only(content, known)
         pair = ModelPair(

@@ -194,6 +194,8 @@ def test_an_image_that_cannot_be_read_is_named_or_left_out(nerve, tmp_path):
 def test_settings_can_come_from_a_file_and_later_ones_win(tmp_path):
     (tmp_path / "a.json").write_text('{"alpha": 0.4, "kernel": "relu"}')
     assert read_settings([f"@{tmp_path / 'a.json'}", "alpha=0.5"]) == {"alpha": 0.5, "kernel": "relu"}
+    (tmp_path / "windows.json").write_bytes(b'\xef\xbb\xbf{\r\n"alpha": 0.5\r\n}\r\n')
+    assert read_settings([f"@{tmp_path / 'windows.json'}"]) == {"alpha": 0.5}
     for text, said in (("[1]", "one JSON object"), ("{", "is no JSON")):
         (tmp_path / "b.json").write_text(text)
         with pytest.raises(ValueError, match=said):

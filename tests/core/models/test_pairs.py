@@ -49,6 +49,12 @@ def test_a_folder_with_a_pair_json_is_a_pair(pair, monkeypatch):
     assert find_pair("~/pair").clip.location == str(pair / "clip")
 
 
+def test_a_description_is_read_as_editors_of_windows_leave_it(pair):
+    content = (pair / "pair.json").read_bytes()
+    replace(pair / "pair.json", b"\xef\xbb\xbf" + content.replace(b"small", "schön".encode()).replace(b", ", b",\r\n"))
+    assert find_pair(str(pair)).name == "schön"
+
+
 def test_a_file_beside_a_pairs_folder_is_not_taken_for_it(pair):
     (pair.parent / "pair.json").write_text('{"name": "wrong"}')  # <folder>.json beside <folder>/pair.json
     assert find_pair(str(pair)).name == "small"
