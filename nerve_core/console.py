@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import unicodedata
 from collections.abc import Iterable
 from typing import Any
@@ -12,6 +13,7 @@ from rich.status import Status
 from rich.text import Text
 
 _UNPRINTABLE = ("Cc", "Cf", "Cs", "Zl", "Zp")
+_WIDTH = 80  # where the terminal's is not known, as rich takes it
 _KEPT = "\n\t\u200c\u200d"  # the joiners belong to words of some languages, and to emoji
 
 
@@ -46,7 +48,9 @@ class PlainConsole(Console):
     """
 
     def __init__(self, *, stderr: bool = False) -> None:
-        super().__init__(stderr=stderr, markup=False, emoji=False, highlight=False)
+        # In a width of 0, as terminals of some containers have it, rich prints nothing at all.
+        width = _WIDTH if os.environ.get("COLUMNS", "").strip() == "0" else None
+        super().__init__(stderr=stderr, markup=False, emoji=False, highlight=False, width=width)
 
     def status(self, status: RenderableType, **options: Any) -> PlainStatus:
         """A line with a spinner that is shown meanwhile."""

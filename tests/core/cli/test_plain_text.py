@@ -223,3 +223,12 @@ def test_what_is_printed_to_standard_output_is_json_or_printable(path):
             assert name in ("dumps", "printable"), (
                 f"{path.relative_to(ROOT)}:{call.lineno}: use nerve_core.console.tell"
             )
+
+
+def test_a_console_of_no_width_prints_all_the_same(monkeypatch, capsys):
+    """As terminals of some containers have it."""
+    monkeypatch.setenv("COLUMNS", "0")
+    table = Table("name")
+    table.add_row("ball")
+    PlainConsole().print(table)
+    assert "ball" in capsys.readouterr().out
