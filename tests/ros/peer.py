@@ -478,7 +478,7 @@ class Peer:
         try:
             return {kind: dict(names(node, namespace)) for kind, names in kinds.items()}
         except NodeNameNonExistentError:
-            return dict.fromkeys(kinds, {})
+            return {kind: {} for kind in kinds}
 
     # The pipe.
 
