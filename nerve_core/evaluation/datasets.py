@@ -794,7 +794,7 @@ def _read_classes(path: Path) -> _ClassList:
     return classes
 
 
-_ODD_LISTS = (
+_ODD_LISTS: tuple[tuple[str, Callable[[list[bool]], bool], str], ...] = (
     (r"[\[{].*", any, "it reads as JSON"),
     (r"-\s.*|.*:", any, "it reads as YAML"),
     (r"(['\"]).*\1", all, "it has quotes"),

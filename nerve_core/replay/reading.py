@@ -214,7 +214,7 @@ class Bag:
         self.notes[sentence] = None
 
 
-def _opened_files(reader: rosbag2.Reader) -> list[Any]:
+def _opened_files(reader: Any) -> list[Any]:
     """The readers of the storage files behind that of a bag, in the order of metadata.yaml."""
     return list(getattr(reader.storage, "storages", [reader.storage]))
 
