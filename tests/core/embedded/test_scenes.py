@@ -31,6 +31,35 @@ def test_a_scene_of_a_set_does_not_depend_on_how_many_are_drawn():
     assert not list(draw_scenes(9, 0))
 
 
+@pytest.mark.parametrize(
+    ("number", "names", "stuff", "colour"),
+    [
+        (
+            1,
+            {"background": 278230, "chair": 15234, "mug": 5940, "plant": 7796},
+            {"sky": 158720, "road": 148480},
+            [162.96, 187.28, 187.99],
+        ),
+        (
+            2,
+            {"background": 265791, "cone": 2349, "door": 27706, "star": 8620, "cross": 2734},
+            {"brick wall": 135680, "tiles": 171520},
+            [118.38, 114.09, 97.18],
+        ),
+    ],
+)
+def test_the_scenes_that_published_figures_come_from_are_what_they_were(number, names, stuff, colour):
+    """Pixels of every label, and the mean colour: of the last bits OpenCV's build decides."""
+    scene = draw_scene((20261122, number))
+    assert set(scene.names) == set(names) - {"background"}
+    for name, pixels in names.items():
+        label = 0 if name == "background" else NAMES.index(name) + 1
+        assert np.count_nonzero(scene.labels == label) == pytest.approx(pixels, abs=0.002 * 480 * 640)
+    for name, pixels in stuff.items():
+        assert np.count_nonzero(scene.stuff == STUFF.index(name) + 1) == pixels
+    np.testing.assert_allclose(scene.image.reshape(-1, 3).mean(0), colour, atol=0.1)
+
+
 @pytest.mark.parametrize("size", [(32, 32), (33, 200), (200, 33), (96, 96), (480, 640)])
 def test_a_scene_has_the_size_asked_for_and_labels_in_range(size):
     scene = draw_scene(11, size=size)
