@@ -82,8 +82,11 @@ def measure(bag: Path, topic: str, labels_topic: str, model: str, device: str, i
         one = segmenter(frame.image, queries)
         spent.append(time.perf_counter() - begun)
         found.append((one.labels, one.confidence_u8))
-    truths = [frame.truth for frame in frames]
-    assert all(one is not None for one in truths), f"{labels_topic} has no labels for some images"
+    truths = [frame.truth for frame in frames if frame.truth is not None]
+    if len(truths) < len(frames):
+        raise ValueError(
+            f"{labels_topic} has labels for {len(truths)} of {len(frames)} images; every image needs its own"
+        )
     names = len(vocabulary.names)
     at_once = AtUse(names)
     for labels, mask in zip(truths, found, strict=True):
