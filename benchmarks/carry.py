@@ -19,10 +19,10 @@ from typing import Annotated, Any
 import cv2
 import numpy as np
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from nerve_core.carry.carrier import Carrier, CarrySettings
+from nerve_core.console import PlainConsole
 from nerve_core.evaluation.metric import IGNORED, ConfusionMatrix
 
 DELAYS = (1, 2, 4, 8)
@@ -161,7 +161,7 @@ def cost(images: Sequence[np.ndarray], size: tuple[int, int], limit: float, keyf
     }
 
 
-def show(found: dict[str, Any], console: Console) -> None:
+def show(found: dict[str, Any], console: PlainConsole) -> None:
     """Print what `measure` found."""
     table = Table(
         title=f"{found['images']} images, {found['model']}; every image at once: {found['miou_at_once']:.3f}",
@@ -200,7 +200,7 @@ def main(
 ) -> None:
     """Measure it, and end with 1 where an image costs more than it may."""
     found = measure(bag, topic, labels_topic, model, device, images)
-    show(found, Console(stderr=True, highlight=False))
+    show(found, PlainConsole(stderr=True))
     if as_json:
         print(json.dumps(found))
     raise typer.Exit(0 if all(row["image_ms_p50"] <= row["limit_ms"] for row in found["costs"]) else 1)

@@ -795,8 +795,8 @@ def _read_classes(path: Path) -> _ClassList:
 
 
 _ODD_LISTS: tuple[tuple[str, Callable[[list[bool]], bool], str], ...] = (
-    (r"[\[{].*", any, "it reads as JSON"),
-    (r"-\s.*|.*:", any, "it reads as YAML"),
+    (r"[\[{]\s*([\"'\[{].*)?|\[[^\[\]]*,[^\[\]]*\]", any, "it reads as JSON"),  # but not the name '[red] ball'
+    (r"-\s.*|[\w\s-]+:", any, "it reads as YAML"),
     (r"(['\"]).*\1", all, "it has quotes"),
     (r"\d+\s*[\s:.,;)].*", all, "it has numbers before the names"),
     (r"[^,]+(,[^,]+){2,}", lambda lines: len(lines) == 1 and any(lines), "it has all names in one line"),

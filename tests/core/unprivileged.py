@@ -22,5 +22,5 @@ def without_privileges(job: Callable[[], None]) -> None:
 
     process = multiprocessing.get_context("fork").Process(target=run)
     process.start()
-    process.join(60)
+    process.join(300)
     assert process.exitcode == 0

@@ -784,6 +784,9 @@ def test_ids_may_have_blanks_where_an_image_is_called_so(tmp_path):
     ("classes", "said"),
     [
         ('["cat", "dog"]', "reads as JSON"),
+        ("[cat, dog]", "reads as JSON"),
+        ('[\n"cat"\n]', "reads as JSON"),
+        ('{"names": 2}', "reads as JSON"),
         ("names:\n  - cat\n  - dog", "reads as YAML"),
         ("- cat\n- dog", "reads as YAML"),
         ("'cat'\n'dog'", "has quotes"),
