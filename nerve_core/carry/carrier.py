@@ -7,25 +7,15 @@ from collections import deque
 from dataclasses import dataclass, field
 from enum import Enum
 
-import cv2
 import numpy as np
 
 from ..text.vocabulary import UNLABELLED
 from .fade import Fade
 from .flow import TEXTURE, Flow, SmallImage, explained, grid_size, unchanged, unexplained_share
+from .move import Mover, paired
 
-_NONE = np.empty(0, np.float32)
-"""An optional array that OpenCV is not given."""
 STILL = 0.5
 """Pixels of the displacements' grid: what moved by no more, and looks the same without any motion, stands still."""
-
-
-def _paired(labels: np.ndarray, confidence: np.ndarray) -> np.ndarray:
-    """Both, uint8 [H, W], in one value a pixel, uint16 [H, W]: moved at once, and faster than as two channels."""
-    return cv2.merge([labels, confidence]).view(np.uint16)[..., 0]
-
-
-_UNKNOWN = int(_paired(np.full((1, 1), UNLABELLED, np.uint8), np.zeros((1, 1), np.uint8))[0, 0])
 
 
 class Seen(Enum):
@@ -129,8 +119,7 @@ class Carrier:
 
     Every image goes to `see`, every result of the networks to `keyframe`, in any order between them; `mask` is then the
     newest image's. One thread at a time: whoever runs the networks hands results over to the thread that carries.
-    Memory, at most: `history` images of 0.3 MB each with the default size (20 MB), the keyframe's mask twice, and two
-    maps of 8 bytes a pixel.
+    Memory, at most: `history` images of 0.3 MB each with the default size (20 MB) and the keyframe's mask twice.
     """
 
     def __init__(self, settings: CarrySettings | None = None) -> None:
@@ -142,10 +131,8 @@ class Carrier:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of what is remembered, without the buffers of OpenCV."""
+        """Bytes of the images and masks that are remembered."""
         total = sum(one.small.nbytes + (0 if one.back is None else one.back.nbytes) for one in self._history)
-        if self._size is not None:
-            total += self._places.nbytes + self._map.nbytes
         if self._key is not None:
             key = self._key
             arrays = (key.labels, key.confidence, key.both, key.displacement, key.known)
@@ -215,7 +202,7 @@ class Carrier:
         image, later = self._history[place], list(self._history)[place + 1 :]
         rows, columns = self._flow.grid
         displacement, known = np.zeros((rows, columns, 2), np.float32), np.full((rows, columns), 255, np.uint8)
-        key = _Keyframe(image, labels, confidence, _paired(labels, confidence), displacement, known)
+        key = _Keyframe(image, labels, confidence, paired(labels, confidence), displacement, known)
         for one in later:
             assert one.back is not None
             key.displacement = self._flow.compose(one.back, key.displacement)
@@ -235,24 +222,8 @@ class Carrier:
         if key.image is newest:
             coverage = float((key.labels != UNLABELLED).mean())
             return Carried(key.labels, key.confidence, coverage, newest.stamp, newest.stamp, age, "")
-        return self._moved(newest, key, age)
-
-    def _moved(self, newest: _Image, key: _Keyframe, age: float) -> Carried:
-        assert self._size is not None
-        rows, columns = self._size
-        grid_rows, grid_columns = self._flow.grid
-        scaled = key.displacement * np.array([columns / grid_columns, rows / grid_rows], np.float32)
-        cv2.resize(scaled, (columns, rows), dst=self._map, interpolation=cv2.INTER_LINEAR)
-        cv2.add(self._map, self._places, dst=self._map)
-        both = cv2.remap(
-            key.both, self._map, _NONE, cv2.INTER_NEAREST, borderMode=cv2.BORDER_CONSTANT, borderValue=_UNKNOWN
-        )
-        labels, confidence = cv2.split(both.view(np.uint8).reshape(rows, columns, 2))
-        known = cv2.resize(key.known, (columns, rows), interpolation=cv2.INTER_NEAREST)
-        cv2.bitwise_or(labels, cv2.bitwise_not(known), dst=labels)
-        confidence = cv2.LUT(confidence, self.settings.fade.table(age))
-        cv2.bitwise_and(confidence, known, dst=confidence)
-        coverage = 1 - cv2.countNonZero(cv2.inRange(labels, UNLABELLED, UNLABELLED)) / labels.size
+        fade = self.settings.fade.table(age)
+        labels, confidence, coverage = self._mover(key.both, key.displacement, key.known, fade)
         return Carried(labels, confidence, coverage, newest.stamp, key.image.stamp, age, "")
 
     def _anchor(self, key: _Keyframe) -> None:
@@ -278,10 +249,8 @@ class Carrier:
     def _resize(self, size: tuple[int, int]) -> None:
         """Prepare for images of another size."""
         self._size = size
-        self._flow = Flow(grid_size(size, self.settings.size))
-        places = np.meshgrid(np.arange(size[1]), np.arange(size[0]))
-        self._places: np.ndarray = np.stack(places, -1).astype(np.float32)
-        self._map: np.ndarray = np.empty_like(self._places)
+        grid = grid_size(size, self.settings.size)
+        self._flow, self._mover = Flow(grid), Mover(size, grid)
 
     def _restart(self, found: Seen, first: _Image) -> Seen:
         self.forget("no keyframe yet" if found is Seen.FIRST else found.value)
