@@ -12,10 +12,11 @@ import numpy as np
 class Fade:
     """c(age) = floor + (1 - floor) exp(-age / tau), times the keyframe's confidence.
 
-    tau: seconds, above 0. floor: 0..1, what is left in the end. Raises ValueError.
+    tau: seconds, above 0; the default is what films of objects that move on their own ask for, and more than flat
+    drawn scenes do (docs/carrying.md). floor: 0..1, what is left in the end. Raises ValueError.
     """
 
-    tau: float = 2.0
+    tau: float = 10.0
     floor: float = 0.0
 
     def __post_init__(self) -> None:

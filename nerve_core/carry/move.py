@@ -11,7 +11,7 @@ import numpy as np
 
 from ..text.vocabulary import UNLABELLED
 
-STRIP_PIXELS = 2**16
+STRIP_PIXELS = 2**15
 """Of a strip, about."""
 
 
@@ -23,19 +23,9 @@ def paired(labels: np.ndarray, confidence: np.ndarray) -> np.ndarray:
 _UNKNOWN = int(paired(np.full((1, 1), UNLABELLED, np.uint8), np.zeros((1, 1), np.uint8))[0, 0])
 
 
-def _weights(size: int, cells: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Linear interpolation from `cells` values, and one before and one after them, to the middles of `size` pixels:
-    the place of the lower of two in that row of cells + 2, int [size]; the weight of the upper, float32 [size]; and the
-    nearest cell itself, int [size]."""
-    at = (np.arange(size) + 0.5) * cells / size - 0.5
-    lower = np.floor(at)
-    nearest = np.minimum((np.arange(size) + 0.5) * cells / size, cells - 1)
-    return lower.astype(np.intp) + 1, (at - lower).astype(np.float32), nearest.astype(np.intp)
-
-
-def _middles(size: int, cells: int) -> np.ndarray:
-    """Where cells -1..cells lie in pixels, float32 [cells + 2]."""
-    return ((np.arange(-1, cells + 1) + 0.5) * size / cells - 0.5).astype(np.float32)
+def _nearest(size: int, cells: int) -> np.ndarray:
+    """The cell in which each of `size` pixels has its middle, int [size]."""
+    return np.minimum((np.arange(size) + 0.5) * cells / size, cells - 1).astype(np.intp)
 
 
 class Mover:
@@ -44,11 +34,13 @@ class Mover:
     def __init__(self, size: tuple[int, int], grid: tuple[int, int]) -> None:
         (rows, columns), (grid_rows, grid_columns) = size, grid
         self.size, self.grid = size, grid
-        down, across = _middles(rows, grid_rows), _middles(columns, grid_columns)
-        self._middles: np.ndarray = np.stack(np.meshgrid(across, down), -1)
-        self._left, weight, self._column = _weights(columns, grid_columns)
-        self._right_weight = weight[:, None]
-        above, lower_weight, self._row = _weights(rows, grid_rows)
+        # Of the rows of cells, and of one row above them and one below; the places of the pixels' columns.
+        middles = (np.arange(-1, grid_rows + 1) + 0.5) * rows / grid_rows - 0.5
+        self._places: np.ndarray = np.stack(np.meshgrid(np.arange(columns), middles), -1).astype(np.float32)
+        self._row, self._column = _nearest(rows, grid_rows), _nearest(columns, grid_columns)
+        at = (np.arange(rows) + 0.5) * grid_rows / rows + 0.5  # in those rows
+        above = np.floor(at).astype(np.intp)
+        lower_weight = (at - above).astype(np.float32)
         self._strips = []
         step = max(1, STRIP_PIXELS // columns)
         for start in range(0, rows, step):
@@ -59,6 +51,10 @@ class Mover:
             mix[line, above[strip] - first] = 1 - lower_weight[strip]
             mix[line, above[strip] - first + 1] += lower_weight[strip]
             self._strips.append((strip, slice(first, last + 1), mix))
+        # Used again for every strip and every mask: new memory costs as much as what is done in it.
+        self._there: np.ndarray = np.empty((step, 2 * columns), np.float32)
+        self._found: np.ndarray = np.empty((step, columns), np.uint16)
+        self._channel: np.ndarray = np.empty((step, columns), np.uint8)
 
     def __call__(
         self, both: np.ndarray, displacement: np.ndarray, known: np.ndarray, fade: np.ndarray
@@ -70,25 +66,25 @@ class Mover:
         """
         (rows, columns), (grid_rows, grid_columns) = self.size, self.grid
         scale = np.array([columns / grid_columns, rows / grid_rows], np.float32)
-        at = self._middles + np.pad(displacement * scale, ((1, 1), (1, 1), (0, 0)), "edge")
-        wide = at[:, self._left]
-        wide += (at[:, self._left + 1] - wide) * self._right_weight
-        wide = wide.reshape(grid_rows + 2, 2 * columns)
+        padded = np.pad(displacement * scale, ((1, 1), (0, 0), (0, 0)), "edge")
+        wide = cv2.resize(padded, (columns, grid_rows + 2), interpolation=cv2.INTER_LINEAR)
+        wide = cv2.add(wide, self._places).reshape(grid_rows + 2, 2 * columns)
         known = known[:, self._column]
         unknown = cv2.bitwise_not(known)
         labels, confidence = np.empty(self.size, np.uint8), np.empty(self.size, np.uint8)
         open_pixels = 0
         for strip, source, mix in self._strips:
-            there = (mix @ wide[source]).reshape(len(mix), columns, 2)
-            found = cv2.remap(
-                both, there, _EMPTY, cv2.INTER_NEAREST, borderMode=cv2.BORDER_CONSTANT, borderValue=_UNKNOWN
-            )
-            found = found.view(np.uint8).reshape(len(mix), columns, 2)
+            count = len(mix)
+            there = np.matmul(mix, wide[source], out=self._there[:count]).reshape(count, columns, 2)
+            found, channel = self._found[:count], self._channel[:count]
+            cv2.remap(both, there, _EMPTY, cv2.INTER_NEAREST, found, cv2.BORDER_CONSTANT, _UNKNOWN)
+            halves = found.view(np.uint8).reshape(count, columns, 2)
             nearest = self._row[strip]
-            label: np.ndarray = cv2.extractChannel(found, 0)
-            cv2.bitwise_or(label, unknown[nearest], dst=labels[strip])
-            sure = cv2.LUT(cv2.extractChannel(found, 1), fade)
-            cv2.bitwise_and(sure, known[nearest], dst=confidence[strip])
+            cv2.extractChannel(halves, 0, dst=channel)
+            cv2.bitwise_or(channel, unknown[nearest], dst=labels[strip])
+            cv2.extractChannel(halves, 1, dst=channel)
+            cv2.LUT(channel, fade, dst=channel)
+            cv2.bitwise_and(channel, known[nearest], dst=confidence[strip])
             open_pixels += int(np.count_nonzero(labels[strip] == UNLABELLED))
         return labels, confidence, 1 - open_pixels / labels.size
 
