@@ -199,7 +199,7 @@ class Pipeline:
         segmenter = self._loaded.segmenter
         embeddings = yield from segmenter.embed_steps(request.vocabulary)
         doubts = segmenter.doubts(request.vocabulary)
-        for doubt in doubts if self._doubts_logged.allows() else ():
+        for doubt in doubts if doubts and self._doubts_logged.allows() else ():
             if doubt.grave:
                 self._log.error(doubt.text)
             else:
