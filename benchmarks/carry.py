@@ -185,7 +185,6 @@ def show(found: dict[str, Any], console: PlainConsole) -> None:
             f"{row['image_ms_p95']:.1f}, at most {row['limit_ms']:.0f}), {row['share_of_keyframe']:.1%} of the "
             f"{found['keyframe_ms']:.0f} ms of a keyframe; a result {row['result_ms_p50']:.1f} ms; "
             f"{row['memory_mb']:.0f} MB",
-            highlight=False,
         )
 
 

@@ -15,7 +15,7 @@ import shutil
 import tempfile
 import threading
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -62,15 +62,19 @@ def claim(paths: Iterable[Path], overwrite: bool = False, option: str = "--out")
         if not is_own(path):
             foreign.append(path)
     if foreign and not overwrite:
-        listed = ", ".join(map(str, foreign[:3])) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
         raise OutputError(
-            f"{listed} would be replaced, and nerve did not write {'it' if len(foreign) == 1 else 'them'} as "
-            f"{'it is' if len(foreign) == 1 else 'they are'} now: choose another {option}, move what is there away, or "
-            "give --overwrite"
+            f"{first_of(foreign)} would be replaced, and nerve did not write "
+            f"{'it as it is' if len(foreign) == 1 else 'them as they are'} now: choose another {option}, move what is "
+            "there away, or give --overwrite"
         )
     for path in foreign:
         with named(path):
-            _add(path, _digest(path))
+            _add(path, digest(path))
+
+
+def first_of(paths: Sequence[Path]) -> str:
+    """The first of many paths, and how many more there are, for a sentence."""
+    return ", ".join(map(str, paths[:3])) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
 
 
 def claim_folder(folder: Path, overwrite: bool = False, option: str = "--out") -> None:
@@ -121,11 +125,11 @@ def _place(part: Path, path: Path, recorded: bool) -> None:
     with named(path):
         if part.is_dir():
             for file in [file for file in part.rglob("*") if file.is_file()]:
-                _add(file, _digest(file))
+                _add(file, digest(file))
             if path.exists():
                 shutil.rmtree(path)
         elif recorded:
-            _add(path, _digest(part))
+            _add(path, digest(part))
         part.replace(path)
 
 
@@ -151,9 +155,18 @@ def is_own(path: Path) -> bool:
         return _head(path).startswith(LOG_HEAD)
     known = _records.of(path.parent).get(path.name)
     try:
-        return known is not None and path.is_file() and _digest(path) in known
+        return known is not None and path.is_file() and digest(path) in known
     except OSError:
         return False
+
+
+def digest(path: Path) -> str:
+    """A file's SHA-256 in hexadecimal. Raises OSError."""
+    sha = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            sha.update(chunk)
+    return sha.hexdigest()
 
 
 def marked(picture: bytes) -> bytes:
@@ -229,8 +242,8 @@ class _Records:
 _records = _Records()
 
 
-def _add(path: Path, digest: str) -> None:
-    line = json.dumps({"name": path.name, "sha256": digest, "by": f"nerve_ros {_version()}"}) + "\n"
+def _add(path: Path, sha256: str) -> None:
+    line = json.dumps({"name": path.name, "sha256": sha256, "by": f"nerve_ros {_version()}"}) + "\n"
     handle = os.open(path.parent / RECORD, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     try:
         data = line.encode()
@@ -247,14 +260,6 @@ def _head(path: Path) -> bytes:
             return file.read(_HEAD)
     except OSError:
         return b""
-
-
-def _digest(path: Path) -> str:
-    sha = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            sha.update(block)
-    return sha.hexdigest()
 
 
 def _kind(path: Path) -> str:

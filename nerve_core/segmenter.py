@@ -222,9 +222,8 @@ class Segmenter:
         """What this pair cannot make of a vocabulary, the gravest first: names that it reads alike, that are longer
         than its tokenizer takes, or that it does not know. May be called from any thread; runs no model."""
         found = self._limit.doubts(vocabulary)
-        words = [word for group in vocabulary.synonyms for word in group]
-        if self._pair is not None and self._pair.unknown(words):
-            found = (*found, Doubt(self._pair.limits(words)))
+        if self._pair is not None and self._pair.unknown(vocabulary.words):
+            found = (*found, Doubt(self._pair.limits(vocabulary.words)))
         return found
 
     def embed(self, vocabulary: Vocabulary | Sequence[str] | str) -> QueryEmbeddings:

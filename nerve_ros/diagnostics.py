@@ -98,9 +98,12 @@ class Diagnostics:
         if trouble is not None:
             return trouble
         warning = (
-            self._namesakes.warning() or self._images.silence() or self._images.wrong_side() or self._phase.fallen_back
+            self._namesakes.warning()
+            or self._images.silence()
+            or self._images.wrong_side()
+            or self._phase.fallen_back
+            or self._pipeline.doubts
         )
-        warning = warning or self._pipeline.doubts
         if warning:
             return DiagnosticStatus.WARN, warning
         if not self._config().enabled:

@@ -20,7 +20,7 @@ NOISE, CONTRAST = 3.0, 0.35
 TEXTURE = 9.0
 """Contrast in grey levels from which on a place says anything about motion."""
 
-_NONE = np.empty(0, np.float32)
+NO_ARRAY = np.empty(0, np.float32)
 """An optional array that OpenCV is not given: C++ takes it as it takes None, which OpenCV's type stubs do not allow."""
 
 
@@ -72,7 +72,7 @@ class Flow:
         """The displacement from `newer` to `older`, float32 [h, w, 2]; start: one to begin at, which is not changed."""
         rows, columns = self.grid
         if start is None:
-            large = self._dis.calc(newer.grey, older.grey, _NONE)
+            large = self._dis.calc(newer.grey, older.grey, NO_ARRAY)
         else:
             large = self._dis.calc(newer.grey, older.grey, 2 * cv2.resize(start, (2 * columns, 2 * rows)))
         return cv2.resize(large, (columns, rows), interpolation=cv2.INTER_AREA) / 2
@@ -84,7 +84,7 @@ class Flow:
         leaves the view.
         """
         at = self._places + first
-        return first + cv2.remap(then, at, _NONE, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+        return first + cv2.remap(then, at, NO_ARRAY, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
 
     def compare(self, newer: SmallImage, older: SmallImage, displacement: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """How far the newer image differs from what the displacement makes of the older one, and the contrast of both.
@@ -93,7 +93,7 @@ class Flow:
         does not count.
         """
         at = self._places + displacement
-        seen = cv2.remap(older.detail, at, _NONE, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+        seen = cv2.remap(older.detail, at, NO_ARRAY, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
         window = (WINDOW, WINDOW)
         return (
             cv2.blur(cv2.absdiff(newer.detail, seen), window),

@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 
 from ..text.vocabulary import UNLABELLED
+from .flow import NO_ARRAY
 
 STRIP_PIXELS = 2**15
 """Of a strip, about."""
@@ -77,7 +78,7 @@ class Mover:
             count = len(mix)
             there = np.matmul(mix, wide[source], out=self._there[:count]).reshape(count, columns, 2)
             found, channel = self._found[:count], self._channel[:count]
-            cv2.remap(both, there, _EMPTY, cv2.INTER_NEAREST, found, cv2.BORDER_CONSTANT, _UNKNOWN)
+            cv2.remap(both, there, NO_ARRAY, cv2.INTER_NEAREST, found, cv2.BORDER_CONSTANT, _UNKNOWN)
             halves = found.view(np.uint8).reshape(count, columns, 2)
             nearest = self._row[strip]
             cv2.extractChannel(halves, 0, dst=channel)
@@ -87,7 +88,3 @@ class Mover:
             cv2.bitwise_and(channel, known[nearest], dst=confidence[strip])
             open_pixels += int(np.count_nonzero(labels[strip] == UNLABELLED))
         return labels, confidence, 1 - open_pixels / labels.size
-
-
-_EMPTY = np.empty(0, np.float32)
-"""An optional array that OpenCV is not given."""

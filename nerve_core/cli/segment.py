@@ -19,7 +19,7 @@ from rich.table import Table
 
 from ..console import console, say
 from ..models.pairs import find_pair
-from ..output import OutputError, claim, made_here, marked, write
+from ..output import OutputError, claim, first_of, made_here, marked, write
 from ..text.parsing import read_names
 from ..text.vocabulary import Vocabulary
 from .options import NAMES_HELP, AsJson, Device, Model, Overwrite, Precision, Preset, Set, load
@@ -61,7 +61,7 @@ def segment(
     found_files, left_out = _image_files(images)
     own = dict.fromkeys(path for path in found_files if made_here(path))
     if own:
-        say(f"{len(own)} pictures that nerve wrote itself are not segmented: {_listed(own)}")
+        say(f"{len(own)} pictures that nerve wrote itself are not segmented: {first_of(list(own))}")
     targets = _targets((path for path in found_files if path not in own), out)
     for path, target in list(targets.items()):
         if not _fits(target):
@@ -76,7 +76,7 @@ def segment(
     for doubt in doubts:
         say(doubt.text, style="bold red" if doubt.grave else "yellow")
     said = [doubt.text for doubt in doubts]
-    limits = find_pair(model).limits([word for group in vocabulary.synonyms for word in group])
+    limits = find_pair(model).limits(vocabulary.words)
     more = [limits] if limits and limits not in said else []
     queries = exhaust(segmenter.embed_steps(vocabulary))
     results: list[dict[str, Any]] = []
@@ -242,12 +242,6 @@ def _write(image: np.ndarray, found: Segmentation, target: Path) -> dict[str, An
     contents: tuple[bytes | str, ...] = (marked(png.getvalue()), marked(drawn), text)
     paths = [write(_file(target, part), content) for part, content in zip(_PARTS, contents, strict=True)]
     return {**result, "mask": str(paths[0]), "overlay": str(paths[1])}
-
-
-def _listed(paths: Iterable[Path]) -> str:
-    """The first of many paths."""
-    first = list(paths)
-    return ", ".join(map(str, first[:3])) + (f" and {len(first) - 3} more" if len(first) > 3 else "")
 
 
 def _found_table(result: dict[str, Any]) -> Table:

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from ..models.pairs import find_pair
-from ..models.weights import FILES, digest, hub_is_off, local_folder, weight_file
+from ..models.weights import FILES, hub_is_off, local_folder, weight_file
+from ..output import digest
 from ..segmenter import find_device
 from ..settings import Settings
 from .metric import ConfusionMatrix, mean_iou
@@ -25,7 +26,8 @@ from .workers import Failed, ImageSet, InProcess, Job, Processes, Task, Workers
 FORMAT = 1
 _CORE = Path(__file__).resolve().parents[1]
 _OF_NO_EFFECT = (
-    *("cli/*", "report/*", "replay/*", "images/visualize.py", "models/verify.py", "console.py", "output.py"),
+    *("carry/*", "cli/*", "report/*", "replay/*", "embedded/filming.py", "embedded/world.py"),
+    *("images/visualize.py", "models/verify.py", "console.py", "output.py"),
     *(f"evaluation/{name}.py" for name in ("protocols", "summary", "tune", "runlog", "ray_workers")),
 )
 _LIBRARIES = ("torch", "transformers", "diffusers", "numpy", "pillow")

@@ -79,8 +79,7 @@ def set_scores(
 
 def _unknown_names(result: SetResult) -> tuple[str, ...]:
     """What has to be known of names that the pair was not trained on."""
-    pair, vocabulary = find_pair(result.task.model), result.task.dataset.vocabulary
-    words = [word for group in vocabulary.synonyms for word in group]
+    pair, words = find_pair(result.task.model), result.task.dataset.vocabulary.words
     return (pair.limits(words),) if pair.unknown(words) else ()
 
 

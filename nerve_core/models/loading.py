@@ -40,7 +40,8 @@ from .pairs import Source
 from .weights import CLIP_FILES, DIFFUSION_FILES, HALF, TAESD_FILES, identity, local_folder, weight_file
 
 Pretrained = TypeVar("Pretrained", bound=PreTrainedModel)
-_PHRASE = "a photo of a mug."
+PHRASE = "a photo of a mug."
+"""What tokenizers are tried with."""
 Described = TypeVar("Described", AutoencoderKL, AutoencoderTiny, UNet2DConditionModel)
 
 
@@ -158,7 +159,7 @@ def check_tokens(tokenizer: CLIPTokenizer, text: CLIPTextConfig, *, pooled: bool
 
     pooled: whether the text's end is read, as CLIP does it; a diffusion model reads every token.
     """
-    tokens = tokenizer(_PHRASE).input_ids
+    tokens = tokenizer(PHRASE).input_ids
     if max(tokens) >= text.vocab_size:
         raise ValueError(
             f"its tokenizer makes token {max(tokens)} and its text model knows {text.vocab_size}; take the tokenizer "

@@ -20,13 +20,13 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, C
 from ..errors import ModelError
 from ..networks.diffusion import noise_levels
 from ..networks.parts import of_class, submodule
+from ..output import digest
 from ..settings import Settings
 from ..text.vocabulary import SYNONYM_SEPARATOR, listed
-from .loading import check_tokens
+from .loading import PHRASE, check_tokens
 from .pairs import ModelPair, Source, find_pair
-from .weights import FILES, PICKLES, cached_folder, digest, in_words, weight_file
+from .weights import FILES, PICKLES, cached_folder, in_words, weight_file
 
-_PHRASE = "a photo of a mug."
 _FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _HEADER_LIMIT = 100 << 20  # bytes; the format's own
@@ -421,12 +421,12 @@ def _tokenizer(report: _Report, place: str, folder: Path, text: CLIPTextConfig, 
     if "tokenizer.json" not in files and len(files) < 2:
         raise _Fault(f"{folder} has neither tokenizer.json nor vocab.json and merges.txt; {_FETCH}")
     tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    ids = tokenizer(_PHRASE).input_ids
+    ids = tokenizer(PHRASE).input_ids
     try:
         check_tokens(tokenizer, text, pooled=pooled)
     except ValueError as error:
         raise _Fault(str(error)) from error
     back = tokenizer.decode(ids, skip_special_tokens=True)
-    if back.replace(" ", "") != _PHRASE.replace(" ", ""):
-        raise _Fault(f"{_PHRASE!r} comes back as {back!r}; take the tokenizer that belongs to the model")
-    report.add("fact", place, f"{len(tokenizer)} words, {_PHRASE!r} is {len(ids)} tokens")
+    if back.replace(" ", "") != PHRASE.replace(" ", ""):
+        raise _Fault(f"{PHRASE!r} comes back as {back!r}; take the tokenizer that belongs to the model")
+    report.add("fact", place, f"{len(tokenizer)} words, {PHRASE!r} is {len(ids)} tokens")

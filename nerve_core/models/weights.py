@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import logging
 import os
 import re
@@ -26,6 +25,7 @@ from huggingface_hub.errors import (
 )
 
 from ..errors import ModelError
+from ..output import digest
 from .conversion import convert, converted_cache, copy_of, note_revision
 from .pairs import Source
 
@@ -313,15 +313,6 @@ def weight_file(folder: Path, stem: str, *, half: bool) -> Path:
 def file_names(folder: Path) -> set[str]:
     """Every file below a folder, by its path relative to it; broken links are left out."""
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-
-
-def digest(path: Path) -> str:
-    """A file's SHA-256 in hexadecimal. Raises OSError."""
-    sha = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            sha.update(chunk)
-    return sha.hexdigest()
 
 
 def in_words(size: int) -> str:

@@ -178,10 +178,10 @@ def vocabulary_steps(
     `TextEncoder.steps`.
 
     The words of the background are negatives beside the others. A negative that is one of the names' words, or whose
-    cosine with one is above `SAME_MEANING`, is left out. With
-    three or more names and `mean_negative`, the mean of their embeddings is one more negative.
+    cosine with one is above `SAME_MEANING`, is left out. With three or more names and `mean_negative`, the mean of
+    their embeddings is one more negative.
     """
-    words = [word for group in vocabulary.synonyms for word in group]
+    words = vocabulary.words
     labels = [label for label, group in enumerate(vocabulary.synonyms, 1) for _ in group]
     if not words:
         return QueryEmbeddings(vocabulary, torch.zeros(0, encoder.size), torch.zeros(0, dtype=torch.int64))

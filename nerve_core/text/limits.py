@@ -39,7 +39,7 @@ class TokenLimit:
 
     def doubts(self, vocabulary: Vocabulary) -> tuple[Doubt, ...]:
         """What is to be said of a vocabulary's words, the gravest first."""
-        tokens = {word: self._ids(word) for group in vocabulary.synonyms for word in group}
+        tokens = {word: self._ids(word) for word in vocabulary.words}
         read_as: dict[tuple[int, ...], str] = {}
         classes = {word: label for label, group in enumerate(vocabulary.synonyms) for word in group}
         alike = []

@@ -130,6 +130,11 @@ class Vocabulary:
         return cls(names)
 
     @property
+    def words(self) -> tuple[str, ...]:
+        """All words of all classes, in their order."""
+        return tuple(word for group in self.synonyms for word in group)
+
+    @property
     def entries(self) -> tuple[str, ...]:
         """The names with their synonyms, that of the background last, as the constructor takes them."""
         words = (*self.synonyms, self.background) if self.background else self.synonyms

@@ -26,6 +26,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
+from nerve_core.cli.options import Overwrite
 from nerve_core.console import PlainConsole
 from nerve_core.output import claim
 from nerve_ros.demo.collector import Collector, Heard
@@ -333,9 +334,7 @@ def main(
     rate: Annotated[float, typer.Option(min=0.01, max=100.0, help="Play this much faster than filmed.")] = 1.0,
     model: Annotated[str, typer.Option(help="Model pair: name or folder.")] = "embedded",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N.")] = "auto",
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace files that are there and that nerve did not write.")
-    ] = False,
+    overwrite: Overwrite = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON, on the last line.")] = False,
 ) -> None:
     """Play a bag to the node over DDS, ask for objects by name, and measure and draw the answers."""

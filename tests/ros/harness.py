@@ -223,6 +223,22 @@ def _fork(command: Sequence[str], env: Mapping[str, str], steered: bool) -> subp
     return _server.start(command, env, steered=steered)
 
 
+def assert_ends_by(number: signal.Signals, command: str, *arguments: object, env: Mapping[str, str]) -> list[str]:
+    """Start `nerve COMMAND`, send it a signal once it takes part in DDS, and hold it to its order: a sentence, its exit
+    code, and no traceback. Returns what it printed."""
+    process = Process([sys.executable, "-m", "nerve_ros.cli", command, *map(str, arguments)], env)
+    try:
+        process.wait_for_dds()
+        process.send(number)
+        assert process.ended() == 128 + number
+    finally:
+        process.kill()
+    said = "\n".join(process.lines)
+    assert f"nerve {command}: ended by {number.name}" in said
+    assert "Traceback" not in said
+    return process.lines
+
+
 def shared_memory(*pids: int) -> set[Path]:
     """What Fast DDS keeps in /dev/shm for these processes: segments, and the ports that they receive by."""
     found = set()

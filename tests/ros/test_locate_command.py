@@ -103,15 +103,6 @@ def test_what_cannot_be_asked_is_one_sentence_and_two(rig, arguments, reason):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_it_in_order_with_a_sentence_and_its_own_exit_code(environment, number):
-    command = [sys.executable, "-m", "nerve_ros.cli", "locate", "ball", "--namespace", "/nobody", "--wait", "300"]
-    asked = harness.Process(command, environment)
-    try:
-        asked.wait_for_dds()
-        asked.send(number)
-        assert asked.ended() == 128 + number
-    finally:
-        asked.kill()
-    said = "\n".join(asked.lines)
-    assert f"nerve locate: ended by {number.name}" in said
-    assert "Traceback" not in said
-    assert "nobody answers" not in said
+    nobody = ("ball", "--namespace", "/nobody", "--wait", "300")
+    said = harness.assert_ends_by(number, "locate", *nobody, env=environment)
+    assert "nobody answers" not in "\n".join(said)

@@ -247,15 +247,5 @@ class heard:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_playing_in_order_with_its_own_exit_code(environment, bag, tmp_path, number):
-    arguments = ("replay", bag, "--image-topic", TOPIC, "--names", NAMES, "--out", tmp_path / "out", "--live")
-    command = [sys.executable, "-m", "nerve_ros.cli", *map(str, arguments)]
-    playing = harness.Process(command, environment)
-    try:
-        playing.wait_for_dds()
-        playing.send(number)
-        assert playing.ended() == 128 + number
-    finally:
-        playing.kill()
-    said = "\n".join(playing.lines)
-    assert f"nerve replay: ended by {number.name}" in said
-    assert "Traceback" not in said
+    arguments = (bag, "--image-topic", TOPIC, "--names", NAMES, "--out", tmp_path / "out", "--live")
+    harness.assert_ends_by(number, "replay", *arguments, env=environment)

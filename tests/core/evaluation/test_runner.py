@@ -224,6 +224,7 @@ def test_other_code_or_weights_are_another_run(known, tmp_path, monkeypatch):
     [
         *((f"cli/{name}.py", False) for name in ("app", "eval", "segment")),
         *((name, False) for name in ("report/page.py", "replay/run.py", "images/visualize.py", "models/verify.py")),
+        *((name, False) for name in ("carry/carrier.py", "embedded/filming.py", "embedded/world.py", "output.py")),
         *((f"evaluation/{name}.py", False) for name in ("protocols", "summary", "tune", "runlog", "ray_workers")),
         *((name, True) for name in ("segmenter.py", "walk/fusion.py", "images/encodings.py", "evaluation/variants.py")),
     ],
